@@ -1,0 +1,327 @@
+"""Softmax attention over every prefix, as a recurrence and as a scan: the core of "Attention as an RNN".
+
+Leo Feng, Frederick Tung, Hossein Hajimirsadeghi, Mohamed Osama Ahmed, Yoshua Bengio, Greg Mori:
+Attention as an RNN, 2024, arXiv:2405.13956. Letters: s logits, v values, m running maximum, u denominator,
+w numerator, o outputs; ``dx`` is the cotangent of x.
+
+The maximum is a *reference point*, not a quantity: shifting it rescales u and w and changes nothing that the state
+stands for. So no gradient flows into it, in any implementation; that of the state that comes in flows out of it
+through the sums that it scales.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.tpu import prefix_scan as tpu_kernel
+from primitives import contract
+
+IMPLEMENTATIONS = ("sequential", "associative", "chunked", "pallas")
+CHUNK = 64  # of the chunked and of the associative form; changes rounding only
+FASTEST = {"tpu": "pallas", "cuda": "chunked", "default": "loop"}
+
+
+class PrefixState(NamedTuple):
+    """Softmax statistics of a prefix: ``numerator / denominator`` is attention over it. Float32 or wider."""
+
+    max: Float[Array, "batch heads"]  # the largest logit so far; −inf for the empty prefix
+    denominator: Float[Array, "batch heads"]  # Σ exp(s − max)
+    numerator: Float[Array, "batch heads dim"]  # Σ exp(s − max) v
+    segment: Int[Array, " batch"]  # the last non-negative segment id
+
+
+jax.export.register_namedtuple_serialization(PrefixState, serialized_name="primitives.PrefixState")
+
+
+def prefix_scan_attention(
+    logits: Float[Array, "batch time heads"],
+    values: Float[Array, "batch time heads dim"],
+    *,
+    state: PrefixState | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch time heads dim"], PrefixState]:
+    """Attention of a fixed query over every prefix: ``o_t = Σ_{i≤t} exp(s_i) v_i / Σ_{i≤t} exp(s_i)``.
+
+    As a recurrence (Attention as an RNN, §3.1), safe for logits of any size since no exponent is positive:
+
+        m_t = max(m_{t−1}, s_t)
+        u_t = exp(m_{t−1} − m_t) u_{t−1} + exp(s_t − m_t)
+        w_t = exp(m_{t−1} − m_t) w_{t−1} + exp(s_t − m_t) v_t
+        o_t = w_t / u_t
+
+    and as a scan of (m, u, w) with an associative operator (§3.2). The paper starts from m = 0; that underflows to NaN
+    when the first logits are far below, so the empty prefix is (−inf, 0, 0) here, the operator's identity.
+
+    Args:
+        logits: Scores of the tokens. −inf gives a token no weight.
+        values: What is averaged.
+        state: Statistics of what came before, or `None` for the empty prefix.
+        segment_ids: Documents packed in a row; attention does not cross a change of id. Negative ids are padding, with
+            zero outputs and zero gradients. `None`: the carried document goes on, no padding.
+        implementation: ``"sequential"`` (the definition, a scan over time), ``"associative"`` (`lax.associative_scan`
+            in chunks), ``"chunked"`` (masked matmuls in chunks), ``"pallas"`` (the TPU kernel), or `None`: what is
+            fastest on the platform that the call is lowered for. The first two also support forward mode; the others
+            have a reverse rule of their own that keeps inputs, outputs, m and u, and nothing else. One time step is one
+            step of the recurrence under every name.
+
+    Returns:
+        Outputs in the dtype of `values` (zero where no token has weight yet), and the state after the last token.
+
+    Raises:
+        ValueError: Shapes that do not fit together, a length of zero, an unknown implementation, or ``"pallas"`` for
+            inputs that the kernel cannot serve; the message says why.
+        TypeError: Dtypes that are not floating point (logits, values) or not integer (segment ids), a foreign state.
+    """
+    fields = {"max": "batch heads", "denominator": "batch heads", "numerator": "batch heads dim", "segment": "batch"}
+    contract.check_shapes(
+        logits=(logits, "batch time heads"),
+        values=(values, "batch time heads dim"),
+        segment_ids=(segment_ids, "batch time"),
+        **contract.check_state(state, PrefixState, **fields),
+    )
+    contract.check_floating(logits=logits, values=values)
+    contract.check_segment_ids(segment_ids)
+    contract.check_implementation(implementation, IMPLEMENTATIONS)
+
+    dtype = contract.accumulation_dtype(logits, values)
+    state = _fresh_state(logits, values, dtype) if state is None else state
+    valid, reset, last = contract.segments(segment_ids, state.segment)
+    s = logits.astype(dtype) if valid is None else jnp.where(valid[..., None], logits.astype(dtype), -jnp.inf)
+    carry = (state.max.astype(dtype), state.denominator.astype(dtype), state.numerator.astype(dtype))
+
+    if logits.shape[1] == 1:
+        scan = _step
+    elif implementation == "sequential":
+        scan = _sequential
+    elif implementation == "associative":
+        scan = _associative
+    else:
+        if implementation == "pallas" and (reason := tpu_kernel.refusal(s, values)):
+            raise ValueError(f"implementation: 'pallas' cannot serve these inputs: {reason}")
+        scan = functools.partial(_scan, implementation)
+    outputs, carry = scan(s, values, valid, reset, carry)
+    return outputs.astype(values.dtype), PrefixState(*carry, last)
+
+
+def _fresh_state(logits, values, dtype):
+    s, v = logits[:, 0], values[:, 0]
+    return PrefixState(
+        contract.fresh_like(s, -jnp.inf, dtype),
+        contract.fresh_like(s, 0, dtype),
+        contract.fresh_like(v, 0, dtype),
+        contract.fresh_like(s[:, 0], 0, jnp.int32),
+    )
+
+
+# --- The recurrence and the operator -----------------------------------------------------------------------------
+
+
+def _exp(x, reference):
+    """exp(x − reference) for x ≤ reference, where −inf − (−inf) counts as −inf: no weight."""
+    return jnp.exp(x - jnp.where(reference == -jnp.inf, 0, reference))
+
+
+def _combine(earlier, later, reset=None):
+    """The associative operator: (m, u, w) of two neighbouring stretches to that of both; a reset drops the earlier."""
+    (m_a, u_a, w_a), (m_b, u_b, w_b) = earlier, later
+    if reset is not None:
+        m_a = jnp.where(reset[..., None], -jnp.inf, m_a)
+    m = lax.stop_gradient(jnp.maximum(m_a, m_b))
+    decay_a, decay_b = _exp(m_a, m), _exp(m_b, m)
+    return m, decay_a * u_a + decay_b * u_b, decay_a[..., None] * w_a + decay_b[..., None] * w_b
+
+
+def _leaf(s, v):
+    """(m, u, w) of single tokens."""
+    return s, (s > -jnp.inf).astype(s.dtype), v.astype(s.dtype)
+
+
+def _attend(u, w):
+    """o = w / u, zero where nothing has weight."""
+    return w * jnp.where(u > 0, 1 / jnp.where(u > 0, u, 1), 0)[..., None]
+
+
+def _pad(s, v, reset):
+    """Whole chunks: tokens without weight at the end, which change no state."""
+    return contract.pad_time(s, CHUNK, -jnp.inf), contract.pad_time(v, CHUNK, 0), contract.pad_time(reset, CHUNK, False)
+
+
+def _step(s, v, valid, reset, carry):
+    m, u, w = _combine(carry, _leaf(s[:, 0], v[:, 0]), None if reset is None else reset[:, 0])
+    return contract.mask_padding(_attend(u, w)[:, None], valid), (m, u, w)
+
+
+def _sequential(s, v, valid, reset, carry):
+    def step(carry, token):
+        s, v, reset = token
+        carry = _combine(carry, _leaf(s, v), reset)
+        return carry, carry[1:]
+
+    carry, (u, w) = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (s, v, reset)))
+    return contract.mask_padding(_attend(u, w).swapaxes(0, 1), valid), carry
+
+
+def _associative(s, v, valid, reset, carry):
+    """`lax.associative_scan` in chunks: over all of a long sequence it would keep log₂(time) copies of it."""
+
+    @jax.checkpoint
+    def chunk(carry, tokens):
+        s, v, reset = tokens
+        reset = jnp.zeros_like(s[..., 0], bool) if reset is None else reset
+        stretches, crossed = lax.associative_scan(
+            lambda a, b: (_combine(a[0], b[0], b[1]), a[1] | b[1]), (_leaf(s, v), reset), axis=1
+        )
+        m, u, w = _combine(jax.tree.map(lambda x: x[:, None], carry), stretches, crossed)
+        return (m[:, -1], u[:, -1], w[:, -1]), _attend(u, w)
+
+    chunks = tuple(contract.chunk_time(x, CHUNK) for x in _pad(s, v, reset))
+    carry, outputs = lax.scan(chunk, carry, chunks)
+    return contract.mask_padding(contract.unchunk_time(outputs, s.shape[1]), valid), carry
+
+
+# --- With a reverse rule that keeps inputs, outputs and normalisers -----------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(implementation, s, v, valid, reset, carry):
+    return _scan_forward(implementation, s, v, valid, reset, carry)[0]
+
+
+def _scan_forward(implementation, s, v, valid, reset, carry):
+    forward, _ = _implementation(implementation, s, v)
+    outputs, m, u, w = forward(s, v, reset, carry)
+    outputs = contract.mask_padding(outputs, valid)
+    return (outputs, (m[:, -1], u[:, -1], w)), (s, v, valid, reset, carry, outputs, m, u)
+
+
+def _scan_backward(implementation, residuals, cotangents):
+    s, v, valid, reset, (m0, u0, w0), outputs, m, u = residuals
+    do, (_, du, dw) = cotangents
+    _, backward = _implementation(implementation, s, v)
+    ds, dv, du, dw = backward(s, v, reset, m0, outputs, m, u, contract.mask_padding(do, valid), du, dw)
+    return ds, dv, None, None, (u0 * du + jnp.sum(w0 * dw, axis=-1), du, dw)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _implementation(implementation, s, v):
+    """The (forward, backward) pair to run; for `None` each chooses when it is lowered."""
+    pairs = {
+        "loop": (_loop_forward, _loop_backward),
+        "chunked": (_chunked_forward, _chunked_backward),
+        "pallas": (tpu_kernel.forward, tpu_kernel.backward),
+    }
+    if implementation is not None:
+        return pairs[implementation]
+    platforms = {platform: pairs[name] for platform, name in FASTEST.items()}
+    if tpu_kernel.refusal(s, v):
+        platforms["tpu"] = pairs["chunked"]
+    return tuple(
+        functools.partial(lax.platform_dependent, **{platform: pair[i] for platform, pair in platforms.items()})
+        for i in (0, 1)
+    )
+
+
+def _previous(m, m0, reset):
+    """The maximum that each token found: that of the token before it, −inf after a reset."""
+    previous = jnp.concatenate([m0[:, None], m[:, :-1]], axis=1)
+    return previous if reset is None else jnp.where(reset[..., None], -jnp.inf, previous)
+
+
+def _loop_forward(s, v, reset, carry):
+    """One token at a time, in place: no transposition to time-major, which costs as much as the rest on a CPU."""
+
+    def body(t, loop):
+        carry, rows = loop
+        m, u, w = _combine(carry, _leaf(*contract.time_index((s, v), t)), contract.time_index(reset, t))
+        return (m, u, w), contract.time_update(rows, (_attend(u, w), m, u), t)
+
+    rows = contract.fresh_like(v, 0), contract.fresh_like(s, 0), contract.fresh_like(s, 0)
+    (_, _, w), (outputs, m, u) = lax.fori_loop(0, s.shape[1], body, (carry, rows))
+    return outputs, m, u, w
+
+
+def _loop_backward(s, v, reset, m0, outputs, m, u, do, du, dw):
+    """The cotangents of u and w obey the recurrence backwards, with the same decays."""
+    weight, decay = _exp(s, m), _exp(_previous(m, m0, reset), m)
+
+    def body(i, loop):
+        (du, dw), rows = loop
+        t = s.shape[1] - 1 - i
+        v_t, o_t, do_t, u_t, weight_t, decay_t = contract.time_index((v, outputs, do, u, weight, decay), t)
+        do_t = _attend(u_t, do_t.astype(dw.dtype))
+        du, dw = du - jnp.sum(do_t * o_t, axis=-1), dw + do_t
+        ds_t, dv_t = weight_t * (du + jnp.sum(v_t * dw, axis=-1)), weight_t[..., None] * dw
+        return (decay_t * du, decay_t[..., None] * dw), contract.time_update(rows, (ds_t, dv_t), t)
+
+    rows = contract.fresh_like(s, 0), contract.fresh_like(v, 0)
+    (du, dw), (ds, dv) = lax.fori_loop(0, s.shape[1], body, ((du, dw), rows))
+    return ds, dv, du, dw
+
+
+def _chunked_forward(s, v, reset, carry):
+    """Matmuls in chunks, one chunk after another: a chunk's weights are masked before they are multiplied."""
+    time, (s, v, reset) = s.shape[1], _pad(s, v, reset)
+
+    def body(i, loop):
+        (m_start, u, w), rows = loop
+        s_c, v_c, reset_c = contract.time_index((s, v, reset), i * CHUNK, CHUNK)
+        scores, m_start = _chunk_scores(s_c, reset_c, m_start)
+        m = jnp.maximum(jnp.max(scores, axis=-1), m_start)
+        weights, decay = _exp(scores, m[..., None]), _exp(m_start, m)
+        u = jnp.sum(weights, axis=-1) + decay * u[..., None]
+        w = _matmul("bhij,bjhd->bhid", weights, v_c) + decay[..., None] * w[:, :, None]
+        outputs = _attend(u, w).swapaxes(1, 2), m.swapaxes(1, 2), u.swapaxes(1, 2)
+        return (m[..., -1], u[..., -1], w[:, :, -1]), contract.time_update(rows, outputs, i * CHUNK)
+
+    rows = contract.fresh_like(v, 0), contract.fresh_like(s, 0), contract.fresh_like(s, 0)
+    (_, _, w), rows = lax.fori_loop(0, s.shape[1] // CHUNK, body, (carry, rows))
+    return *(x[:, :time] for x in rows), w
+
+
+def _chunked_backward(s, v, reset, m0, outputs, m, u, do, du, dw):
+    time, (s, v, reset) = s.shape[1], _pad(s, v, reset)
+    # At the padding m repeats the last maximum, so that what flows into the final state decays by nothing there.
+    m_start = jnp.concatenate([m0[:, None], m[:, CHUNK - 1 : -1 : CHUNK]], axis=1)
+    m, u = (jnp.pad(x, [(0, 0), (0, -time % CHUNK), (0, 0)], mode="edge") for x in (m, u))
+    do = _attend(u, contract.pad_time(do.astype(s.dtype), CHUNK, 0))  # the cotangent of w
+    delta = jnp.sum(do * contract.pad_time(outputs, CHUNK, 0), axis=-1)  # minus the cotangent of u
+
+    def body(i, loop):
+        (du, dw), rows = loop
+        i = s.shape[1] // CHUNK - 1 - i
+        s_c, v_c, reset_c, m_c, do_c, delta_c = contract.time_index((s, v, reset, m, do, delta), i * CHUNK, CHUNK)
+        scores, start = _chunk_scores(s_c, reset_c, contract.time_index(m_start, i))
+        m_c = m_c.swapaxes(1, 2)
+        weights, decay = _exp(scores, m_c[..., None]), _exp(start, m_c)
+        last = weights[:, :, -1]  # of each token in the state at the end of the chunk
+        dv = _matmul("bhij,bihd->bjhd", weights, do_c) + jnp.einsum("bhj,bhd->bjhd", last, dw)
+        ds = (
+            jnp.sum(v_c * dv, axis=-1)
+            + (last * du[..., None]).swapaxes(1, 2)
+            - _matmul("bhij,bih->bjh", weights, delta_c)
+        )
+        du = decay[..., -1] * du - _matmul("bhi,bih->bh", decay, delta_c)
+        dw = decay[..., -1:] * dw + _matmul("bhi,bihd->bhd", decay, do_c)
+        return (du, dw), contract.time_update(rows, (ds, dv), i * CHUNK)
+
+    rows = contract.fresh_like(s, 0), contract.fresh_like(v, 0)
+    (du, dw), rows = lax.fori_loop(0, s.shape[1] // CHUNK, body, ((du, dw), rows))
+    return *(x[:, :time] for x in rows), du, dw
+
+
+def _chunk_scores(s, reset, m_start):
+    """What each token of a chunk sees, heads first: logits ``[batch, heads, chunk, chunk]`` and the carried maximum."""
+    crossed = jnp.zeros_like(s[..., 0], jnp.int32) if reset is None else jnp.cumsum(reset, axis=1)
+    visible = jnp.tril(crossed[:, :, None] == crossed[:, None, :])[:, None]
+    scores = jnp.where(visible, s.swapaxes(1, 2)[:, :, None, :], -jnp.inf)
+    return scores, jnp.where(crossed[:, None] == 0, m_start[..., None], -jnp.inf)
+
+
+_matmul = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
