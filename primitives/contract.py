@@ -78,6 +78,11 @@ def fresh_like(array: Shaped[Array, "..."], fill: float, dtype: DTypeLike | None
     return jnp.where(jnp.zeros_like(array, bool), array, jnp.asarray(fill, array.dtype))
 
 
+def fresh_segment(segment_ids: Int[Array, "batch time"] | None, batch: int) -> Int[Array, " batch"]:
+    """The segment of a fresh state: document 0, which an empty state continues as well as any other."""
+    return jnp.zeros(batch, jnp.int32) if segment_ids is None else fresh_like(segment_ids[:, 0], 0, jnp.int32)
+
+
 class Segments(NamedTuple):
     """Segment ids as a recurrence uses them; the first two are `None` where there is one document, unpadded."""
 
@@ -106,8 +111,8 @@ def mask_padding(outputs: Shaped[Array, "batch time *rest"], valid: Bool[Array, 
 
 def pad_time(array: Shaped[Array, "batch time *rest"] | None, chunk: int, fill: Any):
     """Fill up the end of the time axis to a multiple of the chunk; `None` stays `None`."""
-    if array is None:
-        return None
+    if array is None or array.shape[1] % chunk == 0:
+        return array
     padding = [(0, 0), (0, -array.shape[1] % chunk)] + [(0, 0)] * (array.ndim - 2)
     return jnp.pad(array, padding, constant_values=fill)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tpu import prefix_scan as tpu_kernel
 from primitives import contract
@@ -89,7 +89,7 @@ def prefix_scan_attention(
     contract.check_implementation(implementation, IMPLEMENTATIONS)
 
     dtype = contract.accumulation_dtype(logits, values)
-    state = _fresh_state(logits, values, dtype) if state is None else state
+    state = _fresh_state(logits, values, segment_ids, dtype) if state is None else state
     valid, reset, last = contract.segments(segment_ids, state.segment)
     s = logits.astype(dtype) if valid is None else jnp.where(valid[..., None], logits.astype(dtype), -jnp.inf)
     carry = (state.max.astype(dtype), state.denominator.astype(dtype), state.numerator.astype(dtype))
@@ -108,13 +108,13 @@ def prefix_scan_attention(
     return outputs.astype(values.dtype), PrefixState(*carry, last)
 
 
-def _fresh_state(logits, values, dtype):
+def _fresh_state(logits, values, segment_ids, dtype):
     s, v = logits[:, 0], values[:, 0]
     return PrefixState(
         contract.fresh_like(s, -jnp.inf, dtype),
         contract.fresh_like(s, 0, dtype),
         contract.fresh_like(v, 0, dtype),
-        contract.fresh_like(s[:, 0], 0, jnp.int32),
+        contract.fresh_segment(segment_ids, logits.shape[0]),
     )
 
 
@@ -143,7 +143,11 @@ def _leaf(s, v):
 
 def _attend(u, w):
     """o = w / u, zero where nothing has weight."""
-    return w * jnp.where(u > 0, 1 / jnp.where(u > 0, u, 1), 0)[..., None]
+    return w * _reciprocal(u)[..., None]
+
+
+def _reciprocal(u):
+    return jnp.where(u > 0, 1 / jnp.where(u > 0, u, 1), 0)
 
 
 def _pad(s, v, reset):
@@ -185,6 +189,15 @@ def _associative(s, v, valid, reset, carry):
 
 
 # --- With a reverse rule that keeps inputs, outputs and normalisers -----------------------------------------------
+#
+# Backwards, attention over prefixes is a gated average: o_t = λ_t o_{t−1} + g_t v_t with g_t = exp(s_t − m_t) / u_t and
+# λ_t = 1 − g_t = exp(m_{t−1} − m_t) u_{t−1} / u_t. Its cotangents, that of the average (do) and that of the logarithm
+# of the normaliser (dl, a scalar), obey
+#
+#     c_t = do_t · (v_t − o_{t−1});  ds_t = g_t (dl_t + λ_t c_t);  dv_t = g_t do_t
+#     do_{t−1} += λ_t do_t;          dl_{t−1} = λ_t (dl_t − g_t c_t)
+#
+# Differences of values are taken before anything is summed up, so nothing cancels when one token has all the weight.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,16 +208,36 @@ def _scan(implementation, s, v, valid, reset, carry):
 def _scan_forward(implementation, s, v, valid, reset, carry):
     forward, _ = _implementation(implementation, s, v)
     outputs, m, u, w = forward(s, v, reset, carry)
-    outputs = contract.mask_padding(outputs, valid)
-    return (outputs, (m[:, -1], u[:, -1], w)), (s, v, valid, reset, carry, outputs, m, u)
+    final = m[:, -1], u[:, -1], w
+    return (contract.mask_padding(outputs, valid), final), (s, v, valid, reset, carry, outputs, m, u, w)
 
 
+# NOTE to the author of the TPU kernel (to be removed): the signature of `backward` changed for numerical reasons (see the
+# comment above and laws in primitives/testing.py, which tests/test_laws.py will run over "pallas"):
+# backward(s, v, reset, (m0, u0, o0), outputs, m, u, do, do_last, dl_last) -> (ds, dv, do0, dl0). `outputs` is not masked
+# at padding. The kernel may also take gate and decay from `_gates` computed in XLA ([batch, time, heads], small), and
+# save from its forward whatever small per-chunk rows it needs (o_{t-1} at chunk starts). See _chunked_backward.
 def _scan_backward(implementation, residuals, cotangents):
-    s, v, valid, reset, (m0, u0, w0), outputs, m, u = residuals
+    s, v, valid, reset, (m0, u0, w0), outputs, m, u, w = residuals
     do, (_, du, dw) = cotangents
+    o0 = _attend(u0, w0)
+    u_last = u[:, -1]
+    gate, decay = _gates(s, reset, m0, u0, m, u)
     _, backward = _implementation(implementation, s, v)
-    ds, dv, du, dw = backward(s, v, reset, m0, outputs, m, u, contract.mask_padding(do, valid), du, dw)
-    return ds, dv, None, None, (u0 * du + jnp.sum(w0 * dw, axis=-1), du, dw)
+    ds, dv, do, dl = backward(
+        gate,
+        decay,
+        v,
+        reset,
+        o0,
+        outputs,
+        m,
+        u,
+        contract.mask_padding(do, valid),
+        u_last[..., None] * dw,
+        u_last * du + jnp.sum(w * dw, axis=-1),
+    )
+    return ds, dv, None, None, (dl, _reciprocal(u0) * (dl - jnp.sum(do * o0, axis=-1)), _attend(u0, do))
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -228,10 +261,11 @@ def _implementation(implementation, s, v):
     )
 
 
-def _previous(m, m0, reset):
-    """The maximum that each token found: that of the token before it, −inf after a reset."""
-    previous = jnp.concatenate([m0[:, None], m[:, :-1]], axis=1)
-    return previous if reset is None else jnp.where(reset[..., None], -jnp.inf, previous)
+def _gates(s, reset, m0, u0, m, u):
+    """g and λ of every token."""
+    m_before, u_before = (jnp.concatenate([x0[:, None], x[:, :-1]], axis=1) for x0, x in ((m0, m), (u0, u)))
+    decay = _exp(m_before, m) * u_before * _reciprocal(u)
+    return _exp(s, m) * _reciprocal(u), decay if reset is None else jnp.where(reset[..., None], 0, decay)
 
 
 def _loop_forward(s, v, reset, carry):
@@ -247,22 +281,23 @@ def _loop_forward(s, v, reset, carry):
     return outputs, m, u, w
 
 
-def _loop_backward(s, v, reset, m0, outputs, m, u, do, du, dw):
-    """The cotangents of u and w obey the recurrence backwards, with the same decays."""
-    weight, decay = _exp(s, m), _exp(_previous(m, m0, reset), m)
-
+def _loop_backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
     def body(i, loop):
-        (du, dw), rows = loop
-        t = s.shape[1] - 1 - i
-        v_t, o_t, do_t, u_t, weight_t, decay_t = contract.time_index((v, outputs, do, u, weight, decay), t)
-        do_t = _attend(u_t, do_t.astype(dw.dtype))
-        du, dw = du - jnp.sum(do_t * o_t, axis=-1), dw + do_t
-        ds_t, dv_t = weight_t * (du + jnp.sum(v_t * dw, axis=-1)), weight_t[..., None] * dw
-        return (decay_t * du, decay_t[..., None] * dw), contract.time_update(rows, (ds_t, dv_t), t)
+        (do_t, dl_t), rows = loop
+        t = v.shape[1] - 1 - i
+        v_t, g_t, decay_t = contract.time_index((v, gate, decay), t)
+        do_t += contract.time_index(do, t)
+        c_t = jnp.sum(do_t * (v_t - _row_before(outputs, o0, t)), axis=-1)
+        rows = contract.time_update(rows, (g_t * (dl_t + decay_t * c_t), g_t[..., None] * do_t), t)
+        return (decay_t[..., None] * do_t, decay_t * (dl_t - g_t * c_t)), rows
 
-    rows = contract.fresh_like(s, 0), contract.fresh_like(v, 0)
-    (du, dw), (ds, dv) = lax.fori_loop(0, s.shape[1], body, ((du, dw), rows))
-    return ds, dv, du, dw
+    rows = contract.fresh_like(gate, 0), contract.fresh_like(v, 0)
+    (do, dl), (ds, dv) = lax.fori_loop(0, v.shape[1], body, ((do_last, dl_last), rows))
+    return ds, dv, do, dl
+
+
+def _row_before(outputs, o0, t):
+    return jnp.where(t == 0, o0, contract.time_index(outputs, jnp.maximum(t - 1, 0)))
 
 
 def _chunked_forward(s, v, reset, carry):
@@ -270,13 +305,15 @@ def _chunked_forward(s, v, reset, carry):
     time, (s, v, reset) = s.shape[1], _pad(s, v, reset)
 
     def body(i, loop):
-        (m_start, u, w), rows = loop
+        (m0, u0, w0), rows = loop
         s_c, v_c, reset_c = contract.time_index((s, v, reset), i * CHUNK, CHUNK)
-        scores, m_start = _chunk_scores(s_c, reset_c, m_start)
-        m = jnp.maximum(jnp.max(scores, axis=-1), m_start)
-        weights, decay = _exp(scores, m[..., None]), _exp(m_start, m)
-        u = jnp.sum(weights, axis=-1) + decay * u[..., None]
-        w = _matmul("bhij,bjhd->bhid", weights, v_c) + decay[..., None] * w[:, :, None]
+        visible, first = _chunk_masks(s_c, reset_c)
+        scores = jnp.where(visible, s_c.swapaxes(1, 2)[:, :, None, :], -jnp.inf)
+        m0 = jnp.where(first, m0[..., None], -jnp.inf)
+        m = jnp.maximum(jnp.max(scores, axis=-1), m0)
+        weights, decay = _exp(scores, m[..., None]), _exp(m0, m)
+        u = jnp.sum(weights, axis=-1) + decay * u0[..., None]
+        w = _matmul("bhij,bjhd->bhid", weights, v_c) + decay[..., None] * w0[:, :, None]
         outputs = _attend(u, w).swapaxes(1, 2), m.swapaxes(1, 2), u.swapaxes(1, 2)
         return (m[..., -1], u[..., -1], w[:, :, -1]), contract.time_update(rows, outputs, i * CHUNK)
 
@@ -285,43 +322,46 @@ def _chunked_forward(s, v, reset, carry):
     return *(x[:, :time] for x in rows), w
 
 
-def _chunked_backward(s, v, reset, m0, outputs, m, u, do, du, dw):
-    time, (s, v, reset) = s.shape[1], _pad(s, v, reset)
-    # At the padding m repeats the last maximum, so that what flows into the final state decays by nothing there.
-    m_start = jnp.concatenate([m0[:, None], m[:, CHUNK - 1 : -1 : CHUNK]], axis=1)
-    m, u = (jnp.pad(x, [(0, 0), (0, -time % CHUNK), (0, 0)], mode="edge") for x in (m, u))
-    do = _attend(u, contract.pad_time(do.astype(s.dtype), CHUNK, 0))  # the cotangent of w
-    delta = jnp.sum(do * contract.pad_time(outputs, CHUNK, 0), axis=-1)  # minus the cotangent of u
+def _chunked_backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
+    time, v, reset = v.shape[1], contract.pad_time(v, CHUNK, 0), contract.pad_time(reset, CHUNK, False)
+    # Beyond the end the average stays what it is: no gate, no decay, maximum and denominator of the last token.
+    end = jnp.arange(gate.shape[1] + -time % CHUNK)[:, None] >= time
+    m, u = (jnp.where(end, x[:, -1:], contract.pad_time(x, CHUNK, 0)) for x in (m, u))
+    gate, decay, do = (contract.pad_time(x, CHUNK, fill) for x, fill in ((gate, 0), (decay, 1), (do, 0)))
 
     def body(i, loop):
-        (du, dw), rows = loop
-        i = s.shape[1] // CHUNK - 1 - i
-        s_c, v_c, reset_c, m_c, do_c, delta_c = contract.time_index((s, v, reset, m, do, delta), i * CHUNK, CHUNK)
-        scores, start = _chunk_scores(s_c, reset_c, contract.time_index(m_start, i))
-        m_c = m_c.swapaxes(1, 2)
-        weights, decay = _exp(scores, m_c[..., None]), _exp(start, m_c)
-        last = weights[:, :, -1]  # of each token in the state at the end of the chunk
-        dv = _matmul("bhij,bihd->bjhd", weights, do_c) + jnp.einsum("bhj,bhd->bjhd", last, dw)
-        ds = (
-            jnp.sum(v_c * dv, axis=-1)
-            + (last * du[..., None]).swapaxes(1, 2)
-            - _matmul("bhij,bih->bjh", weights, delta_c)
+        (do_next, dl_next), rows = loop
+        i = v.shape[1] // CHUNK - 1 - i
+        v_c, o_c, do_c = contract.time_index((v, outputs, do), i * CHUNK, CHUNK)
+        o_c = jnp.concatenate([_row_before(outputs, o0, i * CHUNK)[:, None], o_c[:, :-1]], axis=1)
+        g_c, decay_c, m_c, u_c = (x.swapaxes(1, 2) for x in contract.time_index((gate, decay, m, u), i * CHUNK, CHUNK))
+        visible, _ = _chunk_masks(g_c.swapaxes(1, 2), contract.time_index(reset, i * CHUNK, CHUNK))
+        # decays[i, j] = Π_{j<k≤i} λ_k
+        decays = (
+            jnp.where(visible, _exp(m_c[..., None, :], m_c[..., None]), 0)
+            * u_c[..., None, :]
+            * _reciprocal(u_c)[..., None]
         )
-        du = decay[..., -1] * du - _matmul("bhi,bih->bh", decay, delta_c)
-        dw = decay[..., -1:] * dw + _matmul("bhi,bihd->bhd", decay, do_c)
-        return (du, dw), contract.time_update(rows, (ds, dv), i * CHUNK)
+        do_c = _matmul("bhij,bihd->bhjd", decays, do_c) + decays[:, :, -1, :, None] * do_next[:, :, None]
+        c = jnp.sum(do_c * (v_c - o_c).swapaxes(1, 2), axis=-1)
+        dl = decays[:, :, -1] * dl_next[..., None] - _matmul("bhij,bhi->bhj", jnp.tril(decays, -1), g_c * c)
+        ds, dv = g_c * (dl + decay_c * c), g_c[..., None] * do_c
+        first = decay_c[..., 0]
+        return (
+            (first[..., None] * do_c[:, :, 0], first * (dl - g_c * c)[..., 0]),
+            contract.time_update(rows, (ds.swapaxes(1, 2), dv.swapaxes(1, 2)), i * CHUNK),
+        )
 
-    rows = contract.fresh_like(s, 0), contract.fresh_like(v, 0)
-    (du, dw), rows = lax.fori_loop(0, s.shape[1] // CHUNK, body, ((du, dw), rows))
-    return *(x[:, :time] for x in rows), du, dw
+    outputs = contract.pad_time(outputs, CHUNK, 0)
+    rows = contract.fresh_like(gate, 0), contract.fresh_like(v, 0)
+    (do, dl), rows = lax.fori_loop(0, v.shape[1] // CHUNK, body, ((do_last, dl_last), rows))
+    return *(x[:, :time] for x in rows), do, dl
 
 
-def _chunk_scores(s, reset, m_start):
-    """What each token of a chunk sees, heads first: logits ``[batch, heads, chunk, chunk]`` and the carried maximum."""
+def _chunk_masks(s, reset):
+    """Which tokens of a chunk each of its tokens sees, and which of them see what was carried in; heads first."""
     crossed = jnp.zeros_like(s[..., 0], jnp.int32) if reset is None else jnp.cumsum(reset, axis=1)
-    visible = jnp.tril(crossed[:, :, None] == crossed[:, None, :])[:, None]
-    scores = jnp.where(visible, s.swapaxes(1, 2)[:, :, None, :], -jnp.inf)
-    return scores, jnp.where(crossed[:, None] == 0, m_start[..., None], -jnp.inf)
+    return jnp.tril(crossed[:, :, None] == crossed[:, None, :])[:, None], crossed[:, None] == 0
 
 
 _matmul = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

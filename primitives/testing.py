@@ -1,0 +1,598 @@
+"""The laws of a causal mixer (CONTRIBUTING.md), as functions that raise `AssertionError` where one is broken.
+
+Describe a mixer of your own as a `Mixer` and call them, or look at tests/test_laws.py, which runs them over every
+mixer of this package. Rows are vectors along the last axis; every comparison asserts the largest and the
+root-mean-square error of each row. References are sequential, in float64.
+"""
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+LENGTHS = (1, 2, 63, 64, 65, 100, 1000)
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+LAYOUTS = ("one document", "packed", "padded", "packed and padded")
+# Largest error in a row, relative; its root mean square may be three quarters of that. In half precision five halves of
+# a unit in the last place: results are rounded once, gradients are computed from rounded outputs.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
+
+
+class Mixer(NamedTuple):
+    """What the laws have to know about a causal mixer ``function(**inputs, state, segment_ids, implementation)``.
+
+    `axes` names the axes of each input (``"batch time heads dim"``), `state_axes` those of each field of the state.
+    `transforms` make valid inputs from normal noise, `extremes` make the extreme inputs of law 7 from valid ones.
+    `initial_state` makes the fresh state of a given capacity, for mixers whose state is a cache.
+    """
+
+    function: Callable[..., tuple[Any, Any]]
+    axes: Mapping[str, str]
+    state_axes: tuple[str, ...]
+    implementations: tuple[str, ...]
+    transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
+    extremes: Mapping[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {}
+    initial_state: Callable[[dict[str, Any], int], Any] | None = None
+    sizes: Mapping[str, int] = {}
+
+    def __hash__(self) -> int:
+        """By identity: a mixer is a value of a table."""
+        return id(self)
+
+
+class Case(NamedTuple):
+    """One point of the product over which laws are run."""
+
+    implementation: str | None = None
+    dtype: str = "float32"
+    time: int = 131  # two chunks and a bit
+    layout: str = "one document"
+    carried: bool = False
+
+
+# --- Inputs ---------------------------------------------------------------------------------------------------------
+
+SIZES = {"batch": 2, "heads": 2, "dim": 16}
+
+
+def inputs_for(mixer: Mixer, time: int, dtype: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
+    """Random inputs of a mixer, rounded to a dtype; float64 in the end, so that every precision sees the same."""
+    generator = np.random.default_rng(seed)
+    sizes = {**SIZES, **mixer.sizes, "time": time, **sizes}
+    arrays = {}
+    for name, axes in mixer.axes.items():
+        noise = generator.normal(size=[sizes[axis] for axis in axes.split()])
+        arrays[name] = _round(mixer.transforms.get(name, lambda x: x)(noise), dtype)
+    return arrays
+
+
+def segment_ids_for(layout: str, time: int, batch: int = 2) -> np.ndarray | None:
+    """Segment ids of a layout: boundaries at thirds; padding left, right, in the middle, and (row 1) on both sides."""
+    if layout == "one document":
+        return None
+    ids = np.tile(np.searchsorted([time // 3, 2 * time // 3], np.arange(time), side="right"), (batch, 1))
+    ids = np.array([3, 1, 3], np.int32)[ids] if "packed" in layout else np.full_like(ids, 3, np.int32)
+    if "padded" in layout:
+        pad = time // 5
+        ids[0, :pad] = -1
+        ids[1:, time - pad :] = -7
+        ids[1:, : pad // 2] = -1
+        if "packed" in layout:
+            ids[:, time // 2 : time // 2 + pad // 2] = -1
+    return ids
+
+
+def carried_state_for(mixer: Mixer, dtype: str, capacity: int) -> Any:
+    """The state after some tokens of document 3 in every row but the last, where it is of document 2."""
+    inputs = inputs_for(mixer, 5, dtype, seed=7)
+    ids = np.full((SIZES["batch"], 5), 3, np.int32)
+    ids[-1] = 2
+    state = _fresh_state(mixer, _cast(inputs, dtype), capacity)
+    return mixer.function(**_cast(inputs, dtype), state=state, segment_ids=jnp.asarray(ids))[1]
+
+
+def _fresh_state(mixer, inputs, capacity):
+    return None if mixer.initial_state is None else mixer.initial_state(inputs, capacity)
+
+
+def _round(array, dtype):
+    return np.asarray(array, jnp.dtype(dtype)).astype(np.float64)
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+# --- Running --------------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What a mixer computes: outputs, final state, and the gradients of a random linear function of both."""
+
+    outputs: Any
+    state: Any
+    gradients: dict[str, Any]
+    state_gradients: Any
+
+
+@functools.cache
+def _program(mixer: Mixer, variant: Callable, implementation: str | None):
+    """A jitted ``(inputs, state, segment_ids, key) -> Result`` of one way to call a mixer."""
+
+    function = functools.partial(mixer.function, implementation=implementation)
+
+    def call(inputs, state, segment_ids):
+        outputs, final = variant(mixer, function, inputs, state, segment_ids)
+        return outputs, final if mixer.initial_state is None else _continue(mixer, final, outputs.dtype)
+
+    def evaluate(inputs, state, segment_ids):
+        def loss(inputs, state):
+            results = call(inputs, state, segment_ids)
+            return _linear(results), results
+
+        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+        (_, (outputs, final)), (gradients, state_gradients) = gradient(inputs, state)
+        return Result(outputs, final, gradients, _floating(state_gradients))
+
+    return jax.jit(evaluate)
+
+
+def _linear(results):
+    """Σ result · cotangent over the floating point leaves; infinite entries (an empty maximum) do not count.
+
+    The cotangents are fixed noise, rounded so that every dtype represents it.
+    """
+    generator = np.random.default_rng(3)
+    total = 0
+    for leaf in _floating(results):
+        cotangent = jnp.asarray(np.round(8 * generator.normal(size=leaf.shape)) / 8, leaf.dtype)
+        total += jnp.sum(jnp.where(jnp.isfinite(leaf), leaf, 0) * cotangent)
+    return total
+
+
+def _continue(mixer, state, dtype):
+    """What a cache stands for: the outputs of three more tokens. Caches that hold the same need not be equal."""
+    inputs = _cast(inputs_for(mixer, 3, "bfloat16", seed=11), dtype)
+    return mixer.function(**inputs, state=state, implementation="sequential")[0]
+
+
+def _floating(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _whole(mixer, function, inputs, state, segment_ids):
+    return function(**inputs, state=state, segment_ids=segment_ids)
+
+
+def evaluate(
+    mixer: Mixer, case: Case, inputs: dict | None = None, *, variant: Callable = _whole, dtype: str | None = None
+) -> Result:
+    """Run one way to call a mixer forward and backward on the inputs of a case (or on the given ones).
+
+    `dtype` is that of the computation where it differs from the case's, which rounds the inputs: the float64
+    reference of a bfloat16 case sees bfloat16 inputs and cotangents.
+    """
+    inputs = inputs_for(mixer, case.time, case.dtype) if inputs is None else inputs
+    segment_ids = segment_ids_for(case.layout, case.time)
+    dtype = dtype or case.dtype
+    with jax.enable_x64(dtype == "float64"), _kernels(case.implementation):
+        arrays = _cast(inputs, dtype)
+        state = (carried_state_for if case.carried else _capacity_state)(mixer, case.dtype, case.time + 8)
+        state = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else _widen(x, dtype), state)
+        program = _program(mixer, variant, case.implementation)
+        result = program(arrays, state, None if segment_ids is None else jnp.asarray(segment_ids))
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
+
+
+def _capacity_state(mixer, dtype, capacity):
+    return _fresh_state(mixer, _cast(inputs_for(mixer, 1, dtype), dtype), capacity)
+
+
+def _widen(array, dtype):
+    return array.astype(jnp.result_type(array.dtype, dtype))
+
+
+def _kernels(implementation: str | None):
+    """Pallas kernels on a CPU: interpreted, with fresh memory poisoned and races detected."""
+    if implementation != "pallas":
+        return contextlib.nullcontext()
+    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+
+
+# --- Comparing ------------------------------------------------------------------------------------------------------
+
+
+def row_errors(actual: np.ndarray, expected: np.ndarray, floor: float = 0.1) -> tuple[float, float]:
+    """The largest over all rows of a row's maximal and of its root-mean-square error.
+
+    Relative to the root mean square of the expected row, but to no less than `floor` times that of the whole array or
+    a tenth of `floor`: in a row that nearly cancels out only the absolute error has a meaning, and inputs and cotangents
+    are of size 1.
+    """
+    actual, expected = (np.atleast_1d(np.asarray(x, np.float64)) for x in (actual, expected))
+    if actual.shape != expected.shape:
+        raise AssertionError(f"expected shape {expected.shape}, got {actual.shape}")
+    same = actual == expected  # equal infinities too
+    error = np.abs(np.where(same, 0, actual - np.where(same, actual, expected)))
+    magnitude = np.where(np.isfinite(expected), np.abs(expected), 0)
+    rms = np.sqrt(np.mean(magnitude**2, axis=-1))
+    scale = np.maximum(np.maximum(rms, floor * np.sqrt(np.mean(magnitude**2))), 0.1 * floor)
+    with np.errstate(invalid="ignore"):
+        worst, mean = error.max(axis=-1) / scale, np.sqrt(np.mean(error**2, axis=-1)) / scale
+    return float(np.max(worst)), float(np.max(mean))
+
+
+def assert_close(actual: Any, expected: Any, dtype: str, what: str, floor: float = 0.1) -> None:
+    """Assert that every row of every array is within the tolerance of a dtype; NaN is never close."""
+    pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), reference in pairs:
+        worst, rms = row_errors(leaf, reference, floor)
+        where = f"{what}{jax.tree_util.keystr(path)}"
+        assert worst <= TOLERANCE[dtype], f"{where}: largest error {worst:.2e} > {TOLERANCE[dtype]:.2e}"
+        assert rms <= 0.75 * TOLERANCE[dtype], f"{where}: root mean square {rms:.2e} > {0.75 * TOLERANCE[dtype]:.2e}"
+
+
+def assert_same(actual: Result, expected: Result, dtype: str, what: str) -> None:
+    """Assert that two results agree: outputs and gradients as closely as their dtype, states as float32 or wider.
+
+    Gradients are sums that cancel: their errors count relative to the whole gradient of an input.
+    """
+    assert_close(actual.outputs, expected.outputs, dtype, f"{what}: outputs")
+    assert_close(actual.state, expected.state, dtype if dtype == "float64" else "float32", f"{what}: state")
+    assert_close(actual.gradients, expected.gradients, dtype, f"{what}: gradient", floor=1)
+    assert_close(actual.state_gradients, expected.state_gradients, dtype, f"{what}: gradient of the state", floor=1)
+
+
+# --- The laws -------------------------------------------------------------------------------------------------------
+
+
+def check_definition(mixer: Mixer, case: Case) -> None:
+    """Laws 1 and 6: outputs, final state and all gradients equal those of the sequential form in float64."""
+    reference = evaluate(mixer, case._replace(implementation="sequential"), dtype="float64")
+    assert_same(evaluate(mixer, case), reference, case.dtype, "definition")
+
+
+def check_finite_differences(mixer: Mixer) -> None:
+    """Law 6: the gradients of the sequential form are those of finite differences, in float64."""
+    with jax.enable_x64(True):
+        inputs = _cast(inputs_for(mixer, 5, "float64"), "float64")
+        state = carried_state_for(mixer, "float64", 13)
+        ids = jnp.asarray(segment_ids_for("packed and padded", 5))
+
+        def outputs(inputs, floating):
+            # Two tokens more: a gradient through what the final state means, not through how it is represented.
+            leaves, tree = jax.tree.flatten(state)
+            new = iter(floating)
+            carried = tree.unflatten([next(new) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves])
+            first, final = mixer.function(**inputs, state=carried, segment_ids=ids, implementation="sequential")
+            return first, _continue(mixer, final, "float64")
+
+        jax.test_util.check_grads(outputs, (inputs, _floating(state)), order=1, atol=1e-6, rtol=1e-6, eps=1e-5)
+
+
+def check_splitting(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
+    """Law 2: pieces one after another equal the whole: outputs, final state, and gradients through the state."""
+    assert_same(evaluate(mixer, case, variant=_split(cuts)), evaluate(mixer, case), case.dtype, f"split at {cuts}")
+
+
+@functools.cache
+def _split(cuts):
+    def variant(mixer, function, inputs, state, segment_ids):
+        pieces = []
+        for start, stop in zip((0, *cuts), (*cuts, None), strict=True):
+            piece = slice(start, stop)
+            ids = None if segment_ids is None else segment_ids[:, piece]
+            outputs, state = function(**_time(mixer, inputs, lambda x, p=piece: x[:, p]), state=state, segment_ids=ids)
+            pieces.append(outputs)
+        return jnp.concatenate(pieces, axis=1), state
+
+    return variant
+
+
+def _time(mixer, inputs, function):
+    """Apply a function to the inputs that have a time axis; the others are parameters."""
+    return {name: function(x) if "time" in mixer.axes[name].split() else x for name, x in inputs.items()}
+
+
+def check_steps(mixer: Mixer, case: Case) -> None:
+    """Law 3: calls with one token, in a `lax.scan`, equal the whole; and such a call is no loop and no kernel."""
+    assert_same(evaluate(mixer, case, variant=_steps), evaluate(mixer, case), case.dtype, "steps")
+    inputs = _cast(inputs_for(mixer, 1, case.dtype), case.dtype)
+    state = carried_state_for(mixer, case.dtype, 9)
+    step = functools.partial(mixer.function, implementation=case.implementation)
+    program = str(jax.make_jaxpr(step)(**inputs, state=state))
+    for forbidden in ("scan[", "while[", "pallas_call[", "pad["):
+        assert forbidden not in program, f"one step contains {forbidden[:-1]}"
+
+
+def _steps(mixer, function, inputs, state, segment_ids):
+    def step(state, t):
+        at = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=t, slice_size=1, axis=1)
+        ids = None if segment_ids is None else at(segment_ids)
+        outputs, state = function(**_time(mixer, inputs, at), state=state, segment_ids=ids)
+        return state, outputs[:, 0]
+
+    time = next(x.shape[1] for name, x in inputs.items() if "time" in mixer.axes[name].split())
+    state, first = step(state, 0)
+    state, rest = jax.lax.scan(step, state, jnp.arange(1, time))
+    return jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1), state
+
+
+def check_causality(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
+    """Law 4: changing the future changes no past output, bit for bit."""
+    inputs, other = (inputs_for(mixer, case.time, case.dtype, seed) for seed in (0, 1))
+    outputs = evaluate(mixer, case, inputs).outputs
+    for cut in cuts:
+        changed = {
+            name: np.concatenate([x[:, :cut], other[name][:, cut:]], axis=1)
+            if "time" in mixer.axes[name].split()
+            else x
+            for name, x in inputs.items()
+        }
+        past = evaluate(mixer, case, changed).outputs[:, :cut]
+        assert np.array_equal(past, outputs[:, :cut]), f"outputs before {cut} depend on what comes after"
+
+
+def check_segments(mixer: Mixer, case: Case) -> None:
+    """Law 5: packed and padded rows equal their documents run one by one: outputs, states, gradients."""
+    reference = evaluate(
+        mixer,
+        case._replace(implementation="sequential"),
+        variant=_documents(case.layout, case.time, case.carried),
+        dtype="float64",
+    )
+    result = evaluate(mixer, case)
+    assert_same(result, reference, case.dtype, "documents")
+    ids = segment_ids_for(case.layout, case.time)
+    if ids is not None:
+        assert not np.any(result.outputs[ids < 0]), "outputs at padding are not zero"
+
+
+@functools.cache
+def _documents(layout, time, carried):
+    """Run every document of every row alone, without segment ids, and put the outputs where its tokens were."""
+
+    def variant(mixer, function, inputs, state, segment_ids):
+        layout_ids = segment_ids_for(layout, time)
+        ids = np.zeros((SIZES["batch"], time), np.int32) + 3 * carried if layout_ids is None else layout_ids
+        outputs, states = None, []
+        for row, row_ids in enumerate(ids):
+            before = jax.tree.map(lambda x, row=row: x[row : row + 1], state)
+            segment = (3 if row < len(ids) - 1 else 2) if carried else 0
+            if layout_ids is None:
+                segment = 3 * carried  # without ids the carried document goes on, whatever its id
+            tokens = np.flatnonzero(row_ids >= 0)
+            boundaries = np.flatnonzero(np.diff(row_ids[tokens])) + 1
+            for run in np.split(tokens, boundaries):
+                if row_ids[run[0]] != segment:
+                    before = _fresh_state(mixer, jax.tree.map(lambda x: x[:1], inputs), time + 8)
+                segment = row_ids[run[0]]
+                document = _time(mixer, inputs, lambda x, row=row, run=run: x[row : row + 1, run])
+                results, before = function(**document, state=before)
+                outputs = jnp.zeros((len(ids), time, *results.shape[2:]), results.dtype) if outputs is None else outputs
+                outputs = outputs.at[row, run].set(results[0])
+            states.append(before if layout_ids is None else before._replace(segment=jnp.full((1,), segment, jnp.int32)))
+        return outputs, jax.tree.map(lambda *rows: jnp.concatenate(rows), *states)
+
+    return variant
+
+
+def check_padding_only(mixer: Mixer, implementation: str | None) -> None:
+    """Law 5: a call with nothing but padding returns zeros and the state that it was given."""
+    with _kernels(implementation):
+        inputs = _cast(inputs_for(mixer, 3, "float32"), "float32")
+        state = carried_state_for(mixer, "float32", 8)
+        ids = jnp.full((SIZES["batch"], 3), -1, jnp.int32)
+        outputs, final = mixer.function(**inputs, state=state, segment_ids=ids, implementation=implementation)
+        assert not jnp.any(outputs), "outputs at padding are not zero"
+        for field, before, after in zip(state._fields, state, final, strict=True):
+            assert np.array_equal(before, after), f"padding changes state.{field}"
+
+
+def check_extreme(mixer: Mixer, case: Case, extreme: str) -> None:
+    """Law 7: on extreme inputs everything is finite and equals the definition."""
+    inputs = mixer.extremes[extreme](inputs_for(mixer, case.time, case.dtype))
+    inputs = {name: _round(x, case.dtype) for name, x in inputs.items()}
+    reference = evaluate(mixer, case._replace(implementation="sequential"), inputs, dtype="float64")
+    result = evaluate(mixer, case, inputs)
+    for name, leaf in (("outputs", result.outputs), *result.gradients.items()):
+        assert np.all(np.isfinite(leaf)), f"{extreme}: {name} not finite"
+    assert_same(result, reference, case.dtype, extreme)
+
+
+def check_constant_memory(mixer: Mixer) -> None:
+    """Law 8: the size of the state depends on neither the time nor the position."""
+
+    def state_of(time, state):
+        inputs = _cast(inputs_for(mixer, time, "float32"), "float32")
+        return jax.eval_shape(mixer.function, **inputs, state=state)[1]
+
+    first = state_of(1, None)
+    for time, state in ((10, None), (1000, None), (7, first)):
+        assert state_of(time, state) == first, f"the state changes its shape at time {time}"
+
+
+def check_vmap(mixer: Mixer, implementation: str | None) -> None:
+    """Law 9: `vmap` over a new axis equals a loop over it, and `vmap` of gradients too."""
+    with _kernels(implementation):
+        inputs = [_cast(inputs_for(mixer, 70, "float32", seed), "float32") for seed in (0, 1)]
+        state, program = _capacity_state(mixer, "float32", 78), _program(mixer, _whole, implementation)
+        alone = [program(x, state, None) for x in inputs]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
+        together = jax.vmap(lambda x: program(x, state, None))(stacked)
+        assert_same(together, jax.tree.map(lambda *x: np.stack(x), *alone), "float32", "vmap")
+
+
+def check_layers(mixer: Mixer, implementation: str | None) -> None:
+    """Law 9: rematerialised in a scan over layers equals plain calls, with gradients."""
+    with _kernels(implementation):
+        layers = [_cast(inputs_for(mixer, 70, "float32", seed), "float32") for seed in (0, 1)]
+        state = _capacity_state(mixer, "float32", 78)
+
+        def layer(total, inputs):
+            return total + mixer.function(**inputs, state=state, implementation=implementation)[0], None
+
+        def scanned(stacked):
+            start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda x: layer(0.0, x)[0], layers[0]))
+            return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), start, stacked)[0]))
+
+        def plain(stacked):
+            unstacked = (jax.tree.map(operator.itemgetter(i), stacked) for i in (0, 1))
+            return jnp.sum(jnp.square(sum(layer(0.0, inputs)[0] for inputs in unstacked)))
+
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        results = [jax.jit(jax.value_and_grad(f))(stacked) for f in (scanned, plain)]
+        assert_close(*results, "float32", "layers", floor=1)
+
+
+def check_export(mixer: Mixer, implementation: str | None) -> None:
+    """Law 9: a call with a state survives serialisation, with its gradient; kernels for the TPU, others for here."""
+    inputs = _cast(inputs_for(mixer, 70, "float32"), "float32")
+    state = carried_state_for(mixer, "float32", 78)
+    ids = jnp.asarray(segment_ids_for("packed", 70))
+    function = jax.jit(
+        functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation))
+    )
+    platform = "tpu" if implementation == "pallas" else "cpu"
+    exported = jax.export.export(function, platforms=[platform])(inputs, state, ids)
+    exported = jax.export.deserialize(exported.serialize(vjp_order=1))
+    assert exported.has_vjp()
+    if platform == "cpu":
+        assert_close(exported.call(inputs, state, ids), function(inputs, state, ids), "float32", "export")
+
+
+def check_shard_map(mixer: Mixer, implementation: str | None, carried: bool) -> None:
+    """Law 9: inside a `shard_map` over batch and heads a call equals one outside, with gradients."""
+
+    def wrap(program, mesh, in_specs, out_specs):
+        return jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+    _check_sharded(mixer, implementation, carried, AxisType.Auto, wrap)
+
+
+def check_explicit_mesh(mixer: Mixer, implementation: str | None, carried: bool) -> None:
+    """Law 9: a call on arrays sharded over batch and heads of an Explicit mesh equals one without, with gradients."""
+    _check_sharded(mixer, implementation, carried, AxisType.Explicit, lambda program, *_: program)
+
+
+def _check_sharded(mixer, implementation, carried, axis_type, wrap):
+    names = {axis for axes in mixer.axes.values() for axis in axes.split()}
+    heads = {axis for axis in names if axis.endswith("heads")}
+    sizes = dict.fromkeys(heads, 4) | {"batch": 4}
+    mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("batch", "heads"), axis_types=(axis_type,) * 2)
+
+    def spec(axes):
+        return PartitionSpec(
+            *("heads" if axis in heads else "batch" * (axis == "batch") or None for axis in axes.split())
+        )
+
+    inputs, before = (_cast(inputs_for(mixer, t, "float32", **sizes), "float32") for t in (70, 5))
+    ids = jnp.asarray(segment_ids_for("packed", 70, batch=4))
+    state = _fresh_state(mixer, before, 83)
+    if carried:
+        state = mixer.function(**before, state=state, implementation="sequential")[1]
+    state_specs = type(state or mixer.function(**before)[1])(*map(spec, mixer.state_axes))
+    in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, spec("batch"), state and state_specs)
+    out_specs = (spec("batch time heads" if heads else "batch"), state_specs)
+
+    def program(inputs, ids, state):
+        return mixer.function(**inputs, state=state, segment_ids=ids, implementation=implementation)
+
+    def evaluate(program, inputs, ids, state):
+        def loss(inputs, state):
+            results = program(inputs, ids, state)
+            return _linear(results), results
+
+        (_, results), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True, allow_int=True)(inputs, state)
+        return results, _floating(gradients)
+
+    with _kernels(implementation):
+        alone = jax.jit(functools.partial(evaluate, program))(inputs, ids, state)
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(
+                lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (inputs, ids, state), in_specs
+            )
+            sharded = jax.jit(functools.partial(evaluate, wrap(program, mesh, in_specs, out_specs)))(*placed)
+        assert_close(sharded, alone, "float32", "sharded", floor=1)
+
+
+def check_x64(mixer: Mixer, implementation: str | None) -> None:
+    """Law 9: float32 inputs give the same with x64 on."""
+    inputs = _cast(inputs_for(mixer, 70, "float32"), "float32")
+    results = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64), _kernels(implementation):
+            state = carried_state_for(mixer, "float32", 78)
+            results.append(jax.jit(lambda *x: _program(mixer, _whole, implementation)(*x))(inputs, state, None))
+    for leaf, other in zip(*map(jax.tree.leaves, results), strict=True):
+        assert leaf.dtype == other.dtype, f"x64 changes a dtype from {leaf.dtype} to {other.dtype}"
+    assert_close(*results, "float32", "x64", floor=1)
+
+
+def check_forward_mode(mixer: Mixer, implementation: str) -> None:
+    """`jvp` is the transpose of `vjp`: ⟨c, J t⟩ = ⟨Jᵀ c, t⟩, for the implementations that promise forward mode."""
+    with jax.enable_x64(True):
+        inputs, tangents = (_cast(inputs_for(mixer, 70, "float64", seed), "float64") for seed in (0, 5))
+        state = _capacity_state(mixer, "float64", 78)
+
+        def loss(inputs):
+            return _linear(mixer.function(**inputs, state=state, implementation=implementation))
+
+        forward = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,))[1])(inputs, tangents)
+        gradients = jax.jit(jax.grad(loss))(inputs)
+        reverse = sum(jnp.vdot(gradients[name], tangents[name]) for name in inputs)
+        np.testing.assert_allclose(forward, reverse, rtol=1e-10)
+
+
+def check_distinct(mixer: Mixer) -> None:
+    """Differently named implementations are different programs, and the kernel is a kernel."""
+    inputs = _cast(inputs_for(mixer, 130, "float32"), "float32")
+    state = _capacity_state(mixer, "float32", 130)
+    programs = {
+        name: str(jax.make_jaxpr(functools.partial(mixer.function, implementation=name))(**inputs, state=state))
+        for name in mixer.implementations
+    }
+    for name, program in programs.items():
+        assert ("pallas_call" in program) == (name == "pallas"), f"{name}: pallas_call where none should be, or none"
+        for other in programs:
+            assert other == name or programs[other] != program, f"{name} and {other} are the same program"
+
+
+def check_refusals(mixer: Mixer) -> None:
+    """Law 10: bad input raises `ValueError` or `TypeError` at trace time and names the argument."""
+    good = _cast(inputs_for(mixer, 4, "float32"), "float32")
+    state = carried_state_for(mixer, "float32", 12)
+
+    def refuses(error, argument, **changes):
+        message = None
+        try:
+            jax.eval_shape(functools.partial(mixer.function, **{"state": None, **good, **changes}))
+        except error as raised:
+            message = str(raised)
+        assert message is not None, f"{argument}: {error.__name__} expected"
+        assert argument in message, f"{argument}: not named in {message!r}"
+
+    for name, array in good.items():
+        refuses(ValueError, name, **{name: array[..., None]})
+        refuses(TypeError, name, **{name: array.astype(jnp.int32)})
+        refuses(TypeError, name, **{name: "array"})
+        if "time" in mixer.axes[name].split():
+            refuses(ValueError, "time", **_time(mixer, good, lambda x: x[:, :0]))
+            if sum("time" in axes.split() for axes in mixer.axes.values()) > 1:
+                refuses(ValueError, "time", **{name: array[:, :3]})
+    ids = jnp.zeros((SIZES["batch"], 4), jnp.int32)
+    refuses(TypeError, "segment_ids", segment_ids=ids.astype(jnp.float32))
+    refuses(ValueError, "segment_ids", segment_ids=ids[:, :3])
+    refuses(ValueError, "segment_ids", segment_ids=ids[0])
+    refuses(ValueError, "implementation", implementation="quickest")
+    refuses(TypeError, "state", state=(1, 2, 3))
+    for field, array in zip(state._fields, state, strict=True):
+        refuses(ValueError, f"state.{field}", state=state._replace(**{field: array[:1]}))

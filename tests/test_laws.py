@@ -1,0 +1,203 @@
+"""The laws of primitives/testing.py over every mixer: a new mixer is one entry of `MIXERS`.
+
+`make test` runs tables in which every value of every axis and every pair of values occurs, `make test-all` the product.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from allpairspy import AllPairs
+
+from primitives import prefix_scan, prefix_scan_attention, testing
+from primitives.testing import Case, Mixer
+
+
+def _ramp(inputs, start, stop):
+    shape = inputs["logits"].shape
+    return inputs | {"logits": np.broadcast_to(np.linspace(start, stop, shape[1])[:, None], shape)}
+
+
+MIXERS = {
+    "prefix_scan_attention": Mixer(
+        prefix_scan_attention,
+        axes={"logits": "batch time heads", "values": "batch time heads dim"},
+        state_axes=("batch heads", "batch heads", "batch heads dim", "batch"),
+        implementations=prefix_scan.IMPLEMENTATIONS,
+        transforms={"logits": lambda noise: 3 * noise},
+        extremes={
+            "ramp up": lambda x: _ramp(x, -1e4, 1e4),
+            "ramp down": lambda x: _ramp(x, 1e4, -1e4),
+            "far below zero": lambda x: x | {"logits": x["logits"] - 1e4},
+            "alternating": lambda x: x | {"logits": 1e4 * np.sign(x["logits"])},
+            "all equal": lambda x: {name: np.full_like(array, 0.75) for name, array in x.items()},
+            "no weight at first": lambda x: (
+                x | {"logits": np.concatenate([0 * x["logits"][:, :70] - np.inf, x["logits"][:, 70:]], 1)}
+            ),
+        },
+    ),
+}
+FORWARD_MODE = ("sequential", "associative")
+IMPLEMENTATIONS = {"implementation": lambda mixer: (None, *mixer.implementations)}
+STRUCTURES = IMPLEMENTATIONS | {"layout": testing.LAYOUTS, "carried": (False, True)}
+
+
+def over(**axes):
+    """Run a test over all mixers and the given axes; an axis is a tuple, or a function from a mixer to one."""
+
+    def mark(test):
+        test.axes = axes
+        return test
+
+    return mark
+
+
+def _possible(names):
+    """Kernels have no float64."""
+    return lambda row: not {("implementation", "pallas"), ("dtype", "float64")} <= set(zip(names, row, strict=False))
+
+
+def pytest_generate_tests(metafunc):
+    """Spread a test over its axes: all pairs of values, or with `--full` their product."""
+    if not hasattr(metafunc.function, "axes"):
+        return
+    rows = []
+    for name, mixer in MIXERS.items():
+        axes = {axis: values(mixer) if callable(values) else values for axis, values in metafunc.function.axes.items()}
+        if len(axes) > 2 and not metafunc.config.getoption("full"):
+            points = AllPairs(list(axes.values()), filter_func=_possible(axes))
+        else:
+            points = filter(_possible(axes), itertools.product(*axes.values()))
+        for point in points:
+            values = dict(zip(axes, point, strict=True))
+            case = Case(**{axis: values.pop(axis) for axis in axes if axis in Case._fields})
+            rows.append(pytest.param(mixer, case, *values.values(), id="-".join(map(str, (name, *point)))))
+    metafunc.parametrize(
+        ("mixer", "case", *(axis for axis in metafunc.function.axes if axis not in Case._fields)), rows
+    )
+
+
+@over(**IMPLEMENTATIONS, dtype=testing.DTYPES, time=testing.LENGTHS, layout=testing.LAYOUTS, carried=(False, True))
+def test_definition(mixer, case):
+    testing.check_definition(mixer, case)
+
+
+@over(**STRUCTURES, cuts=((1, 42, 43), (44, 64, 86), (87, 88, 130)))
+def test_splitting(mixer, case, cuts):
+    testing.check_splitting(mixer, case, cuts)
+
+
+@over(**STRUCTURES)
+def test_steps(mixer, case):
+    testing.check_steps(mixer, case)
+
+
+@over(**STRUCTURES)
+def test_causality(mixer, case):
+    testing.check_causality(mixer, case, cuts=(1, 64, 130))
+
+
+@over(**STRUCTURES)
+def test_segments(mixer, case):
+    testing.check_segments(mixer, case)
+
+
+@over(**IMPLEMENTATIONS)
+def test_padding_only(mixer, case):
+    testing.check_padding_only(mixer, case.implementation)
+
+
+@over(**IMPLEMENTATIONS, extreme=lambda mixer: tuple(mixer.extremes), dtype=("float32", "bfloat16", "float16"))
+def test_extremes(mixer, case, extreme):
+    testing.check_extreme(mixer, case, extreme)
+
+
+@over()
+def test_finite_differences(mixer, case):
+    testing.check_finite_differences(mixer)
+
+
+@over(implementation=lambda mixer: tuple(name for name in FORWARD_MODE if name in mixer.implementations))
+def test_forward_mode(mixer, case):
+    testing.check_forward_mode(mixer, case.implementation)
+
+
+@over(**IMPLEMENTATIONS)
+def test_vmap(mixer, case):
+    testing.check_vmap(mixer, case.implementation)
+
+
+@over(**IMPLEMENTATIONS)
+def test_layers(mixer, case):
+    testing.check_layers(mixer, case.implementation)
+
+
+@over(**IMPLEMENTATIONS)
+def test_export(mixer, case):
+    testing.check_export(mixer, case.implementation)
+
+
+@over(**IMPLEMENTATIONS, carried=(False, True))
+def test_shard_map(mixer, case):
+    testing.check_shard_map(mixer, case.implementation, case.carried)
+
+
+@over(**IMPLEMENTATIONS, carried=(False, True))
+def test_explicit_mesh(mixer, case):
+    testing.check_explicit_mesh(mixer, case.implementation, case.carried)
+
+
+@over(**IMPLEMENTATIONS)
+def test_x64(mixer, case):
+    testing.check_x64(mixer, case.implementation)
+
+
+@over()
+def test_constant_memory(mixer, case):
+    testing.check_constant_memory(mixer)
+
+
+@over()
+def test_distinct(mixer, case):
+    testing.check_distinct(mixer)
+
+
+@over()
+def test_refusals(mixer, case):
+    testing.check_refusals(mixer)
+
+
+# --- The laws can fail ----------------------------------------------------------------------------------------------
+
+PACKED = Case("sequential", layout="packed", carried=True)
+
+
+def _dropped_carry(**arguments):
+    return prefix_scan_attention(**arguments | {"state": None})
+
+
+def _dropped_state_gradient(state=None, **arguments):
+    return prefix_scan_attention(state=testing.jax.lax.stop_gradient(state), **arguments)
+
+
+def _one_token_ahead(logits, values, **arguments):
+    return prefix_scan_attention(
+        np.roll(logits, -1, 1) if isinstance(logits, np.ndarray) else testing.jnp.roll(logits, -1, 1),
+        values,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mutant", "law"),
+    [
+        (_dropped_carry, lambda mixer: testing.check_splitting(mixer, PACKED, (50,))),
+        (_dropped_carry, lambda mixer: testing.check_steps(mixer, PACKED)),
+        (_dropped_state_gradient, lambda mixer: testing.check_splitting(mixer, PACKED, (50,))),
+        (_one_token_ahead, lambda mixer: testing.check_causality(mixer, PACKED, (64,))),
+        (_one_token_ahead, lambda mixer: testing.check_steps(mixer, PACKED)),
+    ],
+)
+def test_mutants_are_caught(mutant, law):
+    with pytest.raises(AssertionError):
+        law(MIXERS["prefix_scan_attention"]._replace(function=mutant))
