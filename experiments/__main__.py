@@ -67,8 +67,8 @@ def main(arguments: list[str]) -> int:
 def _describe(name: str) -> str:
     """Name, first line of the docstring and presets, read from the source: importing it would import JAX."""
     tree = ast.parse(Path(importlib.util.find_spec(f"experiments.{name}").origin).read_text())
-    values = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}
-    presets = ", ".join(key.value for key in values["PRESETS"].keys)
+    assignment = next(node for node in tree.body if ast.unparse(node).startswith("PRESETS"))
+    presets = ", ".join(key.value for key in assignment.value.keys)
     return f"{name:24}{ast.get_docstring(tree).splitlines()[0]} Presets: {presets}."
 
 
@@ -108,7 +108,7 @@ def _parse(name: str, module: ModuleType, options: list[str]) -> Command:
         Command[module.Config],
         args=options,
         prog=program,
-        description=f"{module.__doc__}\n\nPresets: {', '.join(presets)}.",
+        description=f"{module.__doc__.strip()}\n\nPresets: {', '.join(presets)}.",
         default=Command(presets[preset], preset, Path("runs", name, preset)),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

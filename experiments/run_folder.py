@@ -35,12 +35,17 @@ def claim(folder: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> 
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
+        _lock(lock, folder)
         yield _started(folder, identity, fresh)
-    except BlockingIOError:
-        raise ExperimentError(f"another process is running in {folder}: choose another --folder") from None
     finally:
         os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
+    except BlockingIOError:
+        raise ExperimentError(f"another process is running in {folder}: choose another --folder") from None
 
 
 def _started(folder: Path, identity: Mapping[str, Any], fresh: bool) -> str:

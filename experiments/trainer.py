@@ -21,7 +21,7 @@ from experiments import ExperimentError
 from experiments.checkpoints import Checkpoints
 from experiments.events import drop_events, write_events
 
-__all__ = ["Fit", "TrainConfig", "fit"]
+__all__ = ["Fit", "TrainConfig", "fit", "progress"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def fit(
 
     run = jax.jit(_run(graph, loss, config), donate_argnums=0)
     rates, rows = np.asarray(learning_rates, np.float32), []
-    with _progress(label, step, config.steps) as bar:
+    with progress(label, step, config.steps) as bar:
         for steps, batch in _ahead(stacked, _calls(step, config)):
             state, metrics = run(state, rest, keys[:, 1], rates, np.asarray(steps), batch)
             metrics, step = jax.device_get(metrics), steps.stop
@@ -215,8 +215,8 @@ def _note_divergence(diverged: list[int | None], steps: range, losses: np.ndarra
         )
 
 
-def _progress(label: str, step: int, steps: int) -> tqdm:
+def progress(label: str, done: int, total: int, unit: str = "step") -> tqdm:
     """A bar on a terminal, a line every ten seconds elsewhere."""
-    line = "{desc}: step {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} to go{postfix}\n"
+    line = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} to go{postfix}\n"
     style = {} if sys.stderr.isatty() else {"mininterval": 10, "bar_format": line}
-    return tqdm(desc=label, initial=step, total=steps, unit="step", **style)
+    return tqdm(desc=label, initial=done, total=total, unit=unit, **style)

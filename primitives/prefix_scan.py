@@ -21,7 +21,7 @@ from pallas_kernels.tpu import prefix_scan as tpu_kernel
 from primitives import contract
 
 IMPLEMENTATIONS = ("sequential", "associative", "chunked", "pallas")
-CHUNK = 64  # of the chunked and of the associative form; changes rounding only
+CHUNK, ASSOCIATIVE_CHUNK = 64, 32  # of the forms that work in chunks; they change rounding only
 FASTEST = {"tpu": "pallas", "cuda": "chunked", "default": "loop"}
 
 
@@ -150,9 +150,9 @@ def _reciprocal(u):
     return jnp.where(u > 0, 1 / jnp.where(u > 0, u, 1), 0)
 
 
-def _pad(s, v, reset):
+def _pad(s, v, reset, chunk):
     """Whole chunks: tokens without weight at the end, which change no state."""
-    return contract.pad_time(s, CHUNK, -jnp.inf), contract.pad_time(v, CHUNK, 0), contract.pad_time(reset, CHUNK, False)
+    return contract.pad_time(s, chunk, -jnp.inf), contract.pad_time(v, chunk, 0), contract.pad_time(reset, chunk, False)
 
 
 def _step(s, v, valid, reset, carry):
@@ -183,7 +183,7 @@ def _associative(s, v, valid, reset, carry):
         m, u, w = _combine(jax.tree.map(lambda x: x[:, None], carry), stretches, crossed)
         return (m[:, -1], u[:, -1], w[:, -1]), _attend(u, w)
 
-    chunks = tuple(contract.chunk_time(x, CHUNK) for x in _pad(s, v, reset))
+    chunks = tuple(contract.chunk_time(x, ASSOCIATIVE_CHUNK) for x in _pad(s, v, reset, ASSOCIATIVE_CHUNK))
     carry, outputs = lax.scan(chunk, carry, chunks)
     return contract.mask_padding(contract.unchunk_time(outputs, s.shape[1]), valid), carry
 
@@ -212,11 +212,6 @@ def _scan_forward(implementation, s, v, valid, reset, carry):
     return (contract.mask_padding(outputs, valid), final), (s, v, valid, reset, carry, outputs, m, u, w)
 
 
-# NOTE to the author of the TPU kernel (to be removed): the signature of `backward` changed for numerical reasons (see the
-# comment above and laws in primitives/testing.py, which tests/test_laws.py will run over "pallas"):
-# backward(s, v, reset, (m0, u0, o0), outputs, m, u, do, do_last, dl_last) -> (ds, dv, do0, dl0). `outputs` is not masked
-# at padding. The kernel may also take gate and decay from `_gates` computed in XLA ([batch, time, heads], small), and
-# save from its forward whatever small per-chunk rows it needs (o_{t-1} at chunk starts). See _chunked_backward.
 def _scan_backward(implementation, residuals, cotangents):
     s, v, valid, reset, (m0, u0, w0), outputs, m, u, w = residuals
     do, (_, du, dw) = cotangents
@@ -248,7 +243,10 @@ def _implementation(implementation, s, v):
     pairs = {
         "loop": (_loop_forward, _loop_backward),
         "chunked": (_chunked_forward, _chunked_backward),
-        "pallas": (tpu_kernel.forward, tpu_kernel.backward),
+        "pallas": (
+            _differentiate_as(_chunked_forward, tpu_kernel.forward),
+            _differentiate_as(_chunked_backward, tpu_kernel.backward),
+        ),
     }
     if implementation is not None:
         return pairs[implementation]
@@ -259,6 +257,13 @@ def _implementation(implementation, s, v):
         functools.partial(lax.platform_dependent, **{platform: pair[i] for platform, pair in platforms.items()})
         for i in (0, 1)
     )
+
+
+def _differentiate_as(form, kernel):
+    """A kernel with the derivative of its XLA form: what gradients of gradients need."""
+    call = jax.custom_vjp(kernel)
+    call.defvjp(lambda *inputs: (kernel(*inputs), inputs), lambda inputs, outputs: jax.vjp(form, *inputs)[1](outputs))
+    return call
 
 
 def _gates(s, reset, m0, u0, m, u):
@@ -302,7 +307,7 @@ def _row_before(outputs, o0, t):
 
 def _chunked_forward(s, v, reset, carry):
     """Matmuls in chunks, one chunk after another: a chunk's weights are masked before they are multiplied."""
-    time, (s, v, reset) = s.shape[1], _pad(s, v, reset)
+    time, (s, v, reset) = s.shape[1], _pad(s, v, reset, CHUNK)
 
     def body(i, loop):
         (m0, u0, w0), rows = loop

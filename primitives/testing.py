@@ -92,11 +92,10 @@ def segment_ids_for(layout: str, time: int, batch: int = 2) -> np.ndarray | None
 
 def carried_state_for(mixer: Mixer, dtype: str, capacity: int) -> Any:
     """The state after some tokens of document 3 in every row but the last, where it is of document 2."""
-    inputs = inputs_for(mixer, 5, dtype, seed=7)
+    inputs = _cast(inputs_for(mixer, 5, dtype, seed=7), dtype)
     ids = np.full((SIZES["batch"], 5), 3, np.int32)
     ids[-1] = 2
-    state = _fresh_state(mixer, _cast(inputs, dtype), capacity)
-    return mixer.function(**_cast(inputs, dtype), state=state, segment_ids=jnp.asarray(ids))[1]
+    return _forward(mixer, "sequential")(inputs, _fresh_state(mixer, inputs, capacity), jnp.asarray(ids))[1]
 
 
 def _fresh_state(mixer, inputs, capacity):
@@ -143,6 +142,12 @@ def _program(mixer: Mixer, variant: Callable, implementation: str | None):
         return Result(outputs, final, gradients, _floating(state_gradients))
 
     return jax.jit(evaluate)
+
+
+@functools.cache
+def _forward(mixer: Mixer, implementation: str | None):
+    """A jitted ``(inputs, state, segment_ids) -> (outputs, state)``."""
+    return jax.jit(functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation)))
 
 
 def _linear(results):
@@ -267,6 +272,7 @@ def check_finite_differences(mixer: Mixer) -> None:
         state = carried_state_for(mixer, "float64", 13)
         ids = jnp.asarray(segment_ids_for("packed and padded", 5))
 
+        @jax.jit
         def outputs(inputs, floating):
             # Two tokens more: a gradient through what the final state means, not through how it is represented.
             leaves, tree = jax.tree.flatten(state)
@@ -391,7 +397,7 @@ def check_padding_only(mixer: Mixer, implementation: str | None) -> None:
         inputs = _cast(inputs_for(mixer, 3, "float32"), "float32")
         state = carried_state_for(mixer, "float32", 8)
         ids = jnp.full((SIZES["batch"], 3), -1, jnp.int32)
-        outputs, final = mixer.function(**inputs, state=state, segment_ids=ids, implementation=implementation)
+        outputs, final = _forward(mixer, implementation)(inputs, state, ids)
         assert not jnp.any(outputs), "outputs at padding are not zero"
         for field, before, after in zip(state._fields, state, final, strict=True):
             assert np.array_equal(before, after), f"padding changes state.{field}"
@@ -498,7 +504,7 @@ def _check_sharded(mixer, implementation, carried, axis_type, wrap):
     ids = jnp.asarray(segment_ids_for("packed", 70, batch=4))
     state = _fresh_state(mixer, before, 83)
     if carried:
-        state = mixer.function(**before, state=state, implementation="sequential")[1]
+        state = _forward(mixer, "sequential")(before, state, None)[1]
     state_specs = type(state or mixer.function(**before)[1])(*map(spec, mixer.state_axes))
     in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, spec("batch"), state and state_specs)
     out_specs = (spec("batch time heads" if heads else "batch"), state_specs)

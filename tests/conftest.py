@@ -1,6 +1,11 @@
-"""Eight CPU devices for the laws about meshes; `--full` for the whole product of the laws' axes."""
+"""Eight CPU devices for the laws about meshes, quick compilation, `--full` for the whole product of the laws' axes."""
 
-import jax
+import os
+
+# Before jax is imported. The tests compile thousands of small programs and run each once.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 

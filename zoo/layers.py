@@ -129,9 +129,10 @@ class Positions(nnx.Module):
     """Adds a vector to each token that depends on its position: sinusoids (sines first, then cosines) or a table."""
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
-        self.width, self.max_length, self.table = config.width, config.max_length, None
-        if config.position == "learned":
-            self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.max_length, config.width)))
+        shape = (config.max_length, config.width)
+        learned = config.position == "learned"
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape)) if learned else None
+        self.width, self.max_length = config.width, config.max_length
 
     def __call__(self, x, state=None, *, segment_ids=None):
         """Tokens with their positions, and a `PositionState`."""

@@ -31,7 +31,7 @@ class Config(TrainConfig):
 
 
 PRESETS: dict[str, Config] = {
-    "demo": Config(steps=50, warmup_steps=5, evaluate_every=20, checkpoint_every=10, steps_per_call=5),
+    "demo": Config(steps=50, warmup_steps=5, evaluate_every=20, checkpoint_every=10, steps_per_call=4),
     "smoke": Config(steps=3, warmup_steps=1),
 }
 

@@ -1,0 +1,143 @@
+"""A negative control: associative recall, where Aaren should fail and the Transformer succeed.
+
+Aaren's query does not depend on the input, so that a token's weight in every later average is its own, whatever is
+asked: a layer cannot look anything up (nothing in the paper says that it can). Sequences show pairs of a key and a
+value and then ask for the values of some keys (after multi-query associative recall, Arora et al., Zoology, 2023,
+arXiv:2312.04927). A model that knows which values were shown but not which belongs to the key is right once in
+`pairs` times; one that knows nothing, twice in `vocabulary` times.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from flax import nnx
+
+import zoo
+from experiments.data import recall_batches
+from experiments.results import summary, table
+from experiments.trainer import TrainConfig, fit
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MODELS = {"aaren": "Aaren", "transformer": "Transformer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the control."""
+
+    pairs: int = 8
+    """Pairs of a key and a value in a sequence."""
+    queries: int = 8
+    """Keys that are asked for again."""
+    vocabulary: int = 64
+    """Number of tokens: half of them keys, half of them values."""
+    length: int = 32
+    """Tokens of a sequence."""
+    seeds: int = 2
+    """Members per learning rate, with seeds 0, 1, …"""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Both models are trained with each, and reported with their best."""
+    steps: int = 900
+    """Training steps."""
+    batch_size: int = 64
+    """Sequences per step and member."""
+    test_batches: int = 8
+    """Batches of fresh sequences that are tested."""
+    width: int = 64
+    """Size of a token in the model."""
+    layers: int = 2
+    """Blocks."""
+    heads: int = 2
+    """Heads of the mixers."""
+
+
+PRESETS: dict[str, Config] = {
+    "demo": Config(),
+    "smoke": Config(steps=3, seeds=1, test_batches=1, batch_size=8),
+}
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """Train and test both models; the results as a dictionary, learning curves in `folder`."""
+    results = {name: _train(name, config, folder / name) for name in MODELS}
+    chance, shown = 2 / config.vocabulary, 1 / config.pairs
+    _draw(results, chance, shown, folder)
+    rows = [{"model": MODELS[name], **best} for name, (best, _) in results.items()]
+    print(f"\nAccuracy of recall ({shown:.3g} for any value of the sequence, {chance:.3g} for any value):\n")
+    print(table(rows) + f"\n\nfigure: {folder / 'recall.png'}")
+    return {
+        "chance": chance,
+        "any_value_shown": shown,
+        "models": {name: best for name, (best, _) in results.items()},
+        "history": {name: history for name, (_, history) in results.items()},
+    }
+
+
+def _train(name, config, folder):
+    """The best learning rate's accuracy on fresh sequences, and the history of all members."""
+    sizes = {field: getattr(config, field) for field in ("pairs", "queries", "vocabulary", "length")}
+    members = [(seed, rate) for rate in config.learning_rates for seed in range(config.seeds)]
+    seeds, rates = zip(*members, strict=True)
+    test = [recall_batches(config.batch_size, seed=10**6, **sizes)[i] for i in range(config.test_batches)]
+    test = jax.tree.map(lambda *x: np.concatenate(x), *test)
+
+    def create(key):
+        return zoo.create_model(
+            f"{name}_language_model", rngs=nnx.Rngs(key), vocabulary=config.vocabulary, width=config.width,
+            layers=config.layers, heads=config.heads, hidden=2 * config.width, position="sinusoidal",
+        )  # fmt: skip
+
+    def judge(model, batch):
+        """Mean loss and accuracy over the queries."""
+        logits, _ = model(batch["tokens"])
+        asked = batch["targets"] >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
+        right = jnp.argmax(logits, axis=-1) == batch["targets"]
+        return jnp.mean(losses, where=asked), jnp.mean(right, where=asked)
+
+    def loss(model, batch, key):
+        value, accuracy = judge(model, batch)
+        return value, {"accuracy": accuracy}
+
+    @jax.jit
+    def evaluate(models):
+        return {"accuracy": jax.vmap(judge, in_axes=(0, None))(models, test)[1]}
+
+    schedule = TrainConfig(
+        steps=config.steps,
+        warmup_steps=config.steps // 20,
+        evaluate_every=max(1, config.steps // 10),
+        checkpoint_every=max(1, config.steps // 10),
+    )
+    fitted = fit(
+        create, loss, recall_batches(config.batch_size, seed=seeds, **sizes).__getitem__, schedule, folder,
+        seeds=seeds, learning_rates=rates, evaluate=evaluate, label=MODELS[name],
+    )  # fmt: skip
+    accuracy = np.reshape(fitted.history[-1]["evaluate/accuracy"], (-1, config.seeds))
+    best = int(np.argmax(accuracy.mean(axis=1)))
+    return {"learning rate": config.learning_rates[best], "accuracy": summary(accuracy[best])}, fitted.history
+
+
+def _draw(results, chance, shown, folder):
+    figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    for color, (name, (_, history)) in enumerate(results.items()):
+        steps = [row["step"] for row in history]
+        for member, curve in enumerate(zip(*(row["evaluate/accuracy"] for row in history), strict=True)):
+            axis.plot(steps, curve, color=f"C{color}", alpha=0.7, label=None if member else MODELS[name])
+    axis.axhline(shown, color="gray", ls="--", lw=1, label="any value of the sequence")
+    axis.axhline(chance, color="gray", ls=":", lw=1, label="any value")
+    axis.set(
+        xlabel="step", ylabel="accuracy of recall", ylim=(0, 1.02), title="Associative recall, every seed and rate"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(folder / "recall.png", dpi=150)
+    plt.close(figure)

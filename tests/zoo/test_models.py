@@ -1,0 +1,251 @@
+"""Every model, with either mixer: streaming, packing, padding, dropout, precision, and being a plain pytree."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import zoo
+from zoo.layers import dropout
+
+TIME = 12
+STACKS = {  # every value of every option
+    "aaren": {"position": "none", "norm": "pre", "activation": "relu"},
+    "aaren-post": {"position": "sinusoidal", "norm": "post"},
+    "transformer": {"position": "rotary", "norm": "pre"},
+    "transformer-post": {"position": "learned", "norm": "post", "kv_heads": 1, "max_length": TIME},
+}
+HEADS = {
+    "classifier": {"channels": 3, "classes": 5, "pooling": "mean"},
+    "forecaster": {"channels": 3, "horizon": 4, "normalise": False},
+    "language_model": {"vocabulary": 11, "tied": True},
+}
+stacks = pytest.mark.parametrize("stack", STACKS)
+heads = pytest.mark.parametrize("head", HEADS)
+
+
+def create(stack, head, parameters=jnp.float32, **overrides):
+    options = {**STACKS[stack], **HEADS[head], **overrides}
+    model = zoo.create_model(f"{stack.split('-')[0]}_{head}", rngs=nnx.Rngs(0), **options)
+    # Larger than at the start, where all logits are nearly equal.
+    return jax.tree.map(lambda x: (3 * x).astype(parameters), model)
+
+
+def inputs_for(head, dtype=jnp.float32, time=TIME):
+    generator = np.random.default_rng(1)
+    if head == "language_model":
+        return jnp.asarray(generator.integers(0, 11, (2, time)), jnp.int32)
+    return jnp.asarray(generator.normal(size=(2, time, 3)), dtype)
+
+
+def last(head, outputs):
+    """The outputs after the last token."""
+    return outputs[:, -1] if head == "language_model" else outputs
+
+
+@stacks
+@pytest.mark.parametrize(
+    ("head", "dtype", "tolerance"),
+    [*((head, "float64", 1e-12) for head in HEADS), ("language_model", "float32", 1e-4)],
+)
+def test_streaming_equals_the_whole(stack, head, dtype, tolerance):
+    """Token by token in a `lax.scan`, over packed and padded rows, from `init_state` with just enough capacity."""
+    with jax.enable_x64(dtype == "float64"):
+        model, inputs = create(stack, head, dtype), inputs_for(head, dtype)
+        ids = jnp.asarray([[0] * 5 + [-1] * 2 + [2] * 5, [-1] * 3 + [1] * 9], jnp.int32)
+
+        @jax.jit
+        def stream(model, inputs, ids):
+            def step(state, t):
+                def at(x):
+                    return jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
+
+                outputs, state = model(at(inputs), state, segment_ids=at(ids))
+                return state, outputs
+
+            return jax.lax.scan(step, model.init_state(2, 10), jnp.arange(TIME))[1]
+
+        call, pieces = jax.jit(lambda ids: model(inputs, segment_ids=ids)[0]), stream(model, inputs, ids)
+        if head == "language_model":
+            pieces, whole = pieces[:, :, 0].swapaxes(0, 1)[ids >= 0], call(ids)[ids >= 0]
+        else:  # the outputs after t tokens are those of a row with padding behind them
+            whole = jnp.stack([call(jnp.where(jnp.arange(TIME) <= t, ids, -1)) for t in range(TIME)])
+        assert whole.dtype == dtype
+        chex.assert_trees_all_close(pieces, whole, rtol=0, atol=tolerance)
+
+
+@heads
+@stacks
+def test_padded_and_packed_equal_alone(stack, head):
+    with jax.enable_x64(True):
+        model, inputs = create(stack, head, jnp.float64), inputs_for(head, jnp.float64)
+        call = jax.jit(lambda x, ids: last(head, model(x, segment_ids=ids)[0]))
+        alone = call(inputs[:, 7:], None)
+        packed = call(inputs, jnp.asarray([[3] * 7 + [4] * 5] * 2))
+        padded = call(inputs, jnp.asarray([[-1] * 7 + [4] * 5] * 2))
+        right = jnp.concatenate([inputs[:, 7:], inputs[:, :2]], axis=1)
+        chex.assert_trees_all_close(packed, alone, rtol=0, atol=1e-12)
+        chex.assert_trees_all_close(padded, alone, rtol=0, atol=1e-12)
+        if head != "language_model":  # whose last outputs are those of the padding here
+            chex.assert_trees_all_close(call(right, jnp.asarray([[0] * 5 + [-1] * 2] * 2)), alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stack", ["aaren", "transformer"])
+def test_blocks_of_tokens_and_gradients_through_the_state(stack):
+    with jax.enable_x64(True):
+        model, inputs = create(stack, "classifier", jnp.float64), inputs_for("classifier", jnp.float64)
+
+        def whole(model):
+            return jnp.sum(model(inputs)[0] ** 2)
+
+        def pieces(model):
+            state = model.init_state(2, TIME)
+            for block in jnp.split(inputs, (1, 6), axis=1):
+                outputs, state = model(block, state)
+            return jnp.sum(outputs**2)
+
+        gradients = [jax.jit(jax.grad(loss))(model) for loss in (pieces, whole)]
+        chex.assert_trees_all_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@stacks
+def test_two_keys_give_two_masks(stack):
+    model, inputs = create(stack, "classifier", dropout=0.5), inputs_for("classifier")
+    call = jax.jit(lambda key: model(inputs, key=key)[0])
+    first, second = (call(jax.random.key(seed)) for seed in (0, 1))
+    chex.assert_trees_all_equal(first, call(jax.random.key(0)))
+    assert not jnp.allclose(first, second)
+    chex.assert_trees_all_close(call(None), create(stack, "classifier", dropout=0.0)(inputs)[0], rtol=1e-4)
+
+
+def test_dropout_keeps_the_mean():
+    x = dropout(jnp.ones((1000, 100)), 0.25, jax.random.key(0))
+    np.testing.assert_allclose(x.mean(), 1, atol=0.01)
+    assert set(np.unique(x).tolist()) == {0, np.float32(1 / 0.75)}
+
+
+@heads
+@pytest.mark.parametrize("stack", ["aaren", "transformer"])
+def test_models_are_plain_pytrees(stack, head):
+    """Abstract, several at once, and under the transformations of JAX; no random number generator is left inside."""
+
+    def build(key):
+        return zoo.create_model(f"{stack}_{head}", rngs=nnx.Rngs(key), **HEADS[head])
+
+    abstract = jax.eval_shape(build, jax.random.key(0))
+    models = jax.vmap(build)(jax.random.split(jax.random.key(0), 3))
+    chex.assert_trees_all_equal_shapes(jax.tree.map(lambda x: x[0], models), abstract)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(models))
+    inputs = inputs_for(head)
+
+    def loss(model):
+        return jnp.mean(jnp.square(model(inputs)[0]))
+
+    gradients = jax.jit(jax.vmap(jax.grad(loss)))(models)
+    first = jax.jit(jax.grad(loss))(jax.tree.map(lambda x: x[0], models))
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], gradients), first, rtol=1e-4, atol=1e-6)
+    used = jax.tree.map(lambda x: bool(jnp.any(x)), gradients)
+    unused = [jax.tree_util.keystr(path) for path, any_ in jax.tree.leaves_with_path(used) if not any_]
+    assert not unused, f"no gradient reaches {unused}"
+
+
+@pytest.mark.parametrize("stack", ["aaren", "transformer"])
+def test_bfloat16(stack):
+    """Parameters, logits and sums in float32; what is large, the cache for one, in bfloat16."""
+    model, exact = create(stack, "classifier", dtype="bfloat16"), create(stack, "classifier")
+    inputs = inputs_for("classifier")
+    (outputs, state), (expected, _) = model(inputs), exact(inputs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    assert outputs.dtype == jnp.float32
+    assert state.stack.layers[0][0].dtype == ("bfloat16" if stack == "transformer" else "float32")
+    error = jnp.linalg.norm(outputs - expected) / jnp.linalg.norm(expected)
+    assert 1e-4 < error < 5e-2
+
+
+@pytest.mark.parametrize("stack", ["aaren", "transformer"])
+def test_growing_and_counting_bytes(stack):
+    model, inputs = create(stack, "language_model"), inputs_for("language_model")
+    whole, _ = model(inputs)
+    state, outputs = model.init_state(2, 1), []
+    for t in range(TIME):
+        if t in (1, 2, 4, 8):
+            state = zoo.grow_state(state, 2 * t)
+        output, state = jax.jit(type(model).__call__)(model, inputs[:, t : t + 1], state)
+        outputs.append(output)
+    chex.assert_trees_all_close(jnp.concatenate(outputs, axis=1), whole, atol=1e-4)
+    used, allocated = zoo.state_bytes(state)
+    if stack == "aaren":  # for each layer and row: two statistics a head, a weighted sum, a segment id
+        assert used == allocated == 2 * 2 * 4 * (2 * 2 + 16 + 1)
+    else:  # for each layer and row: keys and values of 12 of 16 slots, three counters
+        assert (used, allocated) == tuple(2 * 2 * 4 * (2 * 16 * slots + 3) for slots in (12, 16))
+        with pytest.raises(ValueError, match="capacity"):
+            zoo.grow_state(state, 8)
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    assert zoo.state_bytes(several) == (2 * used, 2 * allocated)
+
+
+def test_pooling_sees_the_present_document_only():
+    inputs = inputs_for("classifier")
+    ids = jnp.asarray([[0] * 6 + [1] * 4 + [-1] * 2, [-1] * TIME])
+    for pooling in ("last", "mean"):
+        pooled, _ = zoo.models.pool(inputs, segment_ids=ids, pooling=pooling)
+        expected = inputs[0, 9] if pooling == "last" else inputs[0, 6:10].mean(axis=0)
+        chex.assert_trees_all_close(pooled[0], expected, atol=1e-6)
+        assert not jnp.any(pooled[1])
+
+
+def test_forecaster_normalises_each_row():
+    """Scaling and shifting a row's series scales and shifts its forecast; padding has no say."""
+    model = create("aaren", "forecaster", normalise=True)
+    inputs = inputs_for("forecaster")
+    outputs, state = model(inputs)
+    assert outputs.shape == (2, 4, 3)
+    factor, shift = jnp.asarray([100.0, 0.5, 3.0]), jnp.asarray([-7.0, 0.0, 1e3])
+    chex.assert_trees_all_close(model(factor * inputs + shift)[0], factor * outputs + shift, rtol=2e-3)
+    padded = jnp.concatenate([inputs, jnp.full((2, 3, 3), 9.0)], axis=1)
+    ids = jnp.asarray([[0] * TIME + [-1] * 3] * 2)
+    chex.assert_trees_all_close(model(padded, segment_ids=ids)[0], outputs, atol=1e-4)
+    assert jnp.all(jnp.isfinite(model(padded, segment_ids=jnp.full_like(ids, -1))[0]))
+    with pytest.raises(ValueError, match="state: expected None where normalise=True"):
+        model(inputs, state)
+
+
+def test_learned_positions_end():
+    model = create("transformer-post", "language_model")
+    with pytest.raises(ValueError, match="at most 12 tokens"):
+        model(jnp.zeros((1, 13), jnp.int32))
+    _, state = model(jnp.zeros((1, TIME), jnp.int32))
+    outputs, _ = model(jnp.zeros((1, 1), jnp.int32), zoo.grow_state(state, 16))
+    assert jnp.all(jnp.isnan(outputs))
+
+
+def test_states_survive_export():
+    model = create("transformer", "classifier", position="sinusoidal")
+    step = jax.jit(lambda x, state: model(x, state))
+    state, token = model.init_state(2, 4), inputs_for("classifier", time=1)
+    exported = jax.export.deserialize(jax.export.export(step)(token, state).serialize())
+    chex.assert_trees_all_close(exported.call(token, state), step(token, state), atol=1e-6)
+
+
+def test_wrong_inputs():
+    model = create("aaren", "classifier")
+    with pytest.raises(ValueError, match="inputs: expected shape"):
+        model(jnp.zeros((2, 5)))
+    with pytest.raises(TypeError, match="state: expected None or PooledState"):
+        model(jnp.zeros((2, 5, 3)), (1, 2))
+    for change, message in (
+        ({"norm": "middle"}, "norm: expected one of post, pre"),
+        ({"position": "rotary"}, "position: Aaren has no query per token"),
+        ({"heads": 3}, "width: expected a multiple of the 3 heads"),
+        ({"dropout": 1.0}, "dropout"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(zoo.AarenConfig(), **change)
+    with pytest.raises(ValueError, match="kv_heads: expected a divisor of the 4 heads, got 3"):
+        zoo.TransformerConfig(kv_heads=3)
+    with pytest.raises(NotImplementedError, match="names no mixer"):
+        zoo.Stack(zoo.StackConfig(), rngs=nnx.Rngs(0))
