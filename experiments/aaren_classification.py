@@ -101,9 +101,9 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     _draw_accuracy({MODELS[name]: result["test_accuracy"] for name, result in results.items()}, config, folder)
     _draw_streams({MODELS[name]: Stream(**result["stream"]) for name, result in results.items()}, folder)
     print(
-        f"\nTest accuracy over {config.seeds} seeds; state and time at token {config.stream_tokens:,} of a stream, where"
+        f"\nAccuracy over {config.seeds} seeds; bytes of state and time at token {config.stream_tokens:,} of a stream,"
     )
-    print("memory and cumulative time grow as that power of the number of tokens:\n")
+    print("where memory and cumulative time grow as the tokens to the power of these exponents:\n")
     print(table([_row(name, result, config) for name, result in results.items()]) + "\n")
     print(f"figures: {folder / 'accuracy.png'}, {folder / 'streaming.png'}")
     return results
@@ -134,7 +134,7 @@ def _compare(name, config, train, test, folder):
 
 
 def _tune(name, config, train, folder):
-    """Every learning rate on held-out training data, and the one with the best accuracy (of equals, the least loss)."""
+    """Every learning rate on held-out training data, and the one with the best accuracy (of equals, least loss)."""
     part, validation = stratified_split(train, config.validation_fraction, seed=0)
     members = [(100 + seed, rate) for rate in config.learning_rates for seed in range(config.tuning_seeds)]
     seeds, rates = zip(*members, strict=True)

@@ -111,8 +111,8 @@ def mask_padding(outputs: Shaped[Array, "batch time *rest"], valid: Bool[Array, 
 
 def pad_time(array: Shaped[Array, "batch time *rest"] | None, chunk: int, fill: Any):
     """Fill up the end of the time axis to a multiple of the chunk; `None` stays `None`."""
-    if array is None or array.shape[1] % chunk == 0:
-        return array
+    if array is None:
+        return None
     padding = [(0, 0), (0, -array.shape[1] % chunk)] + [(0, 0)] * (array.ndim - 2)
     return jnp.pad(array, padding, constant_values=fill)
 

@@ -18,11 +18,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tpu import prefix_scan as tpu_kernel
-from primitives import contract
+from primitives import contract, dispatch
 
-IMPLEMENTATIONS = ("sequential", "associative", "chunked", "pallas")
-CHUNK, ASSOCIATIVE_CHUNK = 64, 32  # of the forms that work in chunks; they change rounding only
-FASTEST = {"tpu": "pallas", "cuda": "chunked", "default": "loop"}
+IMPLEMENTATIONS = ("sequential", "associative", "loop", "chunked", "pallas")
+CHUNK, ASSOCIATIVE_CHUNK = 64, 16  # of the forms that work in chunks; they change rounding only
 
 
 class PrefixState(NamedTuple):
@@ -64,10 +63,11 @@ def prefix_scan_attention(
         segment_ids: Documents packed in a row; attention does not cross a change of id. Negative ids are padding, with
             zero outputs and zero gradients. `None`: the carried document goes on, no padding.
         implementation: ``"sequential"`` (the definition, a scan over time), ``"associative"`` (`lax.associative_scan`
-            in chunks), ``"chunked"`` (masked matmuls in chunks), ``"pallas"`` (the TPU kernel), or `None`: what is
-            fastest on the platform that the call is lowered for. The first two also support forward mode; the others
-            have a reverse rule of their own that keeps inputs, outputs, m and u, and nothing else. One time step is one
-            step of the recurrence under every name.
+            in chunks), ``"loop"`` (the recurrence in place), ``"chunked"`` (masked matmuls in chunks), ``"pallas"``
+            (the TPU kernel), or `None`: what is fastest on the platform that the call is lowered for, see
+            `primitives.dispatch`. The first two also support forward mode; the others have a reverse rule of their own
+            that keeps inputs, outputs, m and u, and nothing else. One time step is one step of the recurrence under
+            every name.
 
     Returns:
         Outputs in the dtype of `values` (zero where no token has weight yet), and the state after the last token.
@@ -250,11 +250,9 @@ def _implementation(implementation, s, v):
     }
     if implementation is not None:
         return pairs[implementation]
-    platforms = {platform: pairs[name] for platform, name in FASTEST.items()}
-    if tpu_kernel.refusal(s, v):
-        platforms["tpu"] = pairs["chunked"]
+    guard = {"tpu": "chunked"} if tpu_kernel.refusal(s, v) else {}
     return tuple(
-        functools.partial(lax.platform_dependent, **{platform: pair[i] for platform, pair in platforms.items()})
+        dispatch.by_platform("prefix_scan_attention", {name: pair[i] for name, pair in pairs.items()}, **guard)
         for i in (0, 1)
     )
 

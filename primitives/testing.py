@@ -21,9 +21,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 LENGTHS = (1, 2, 63, 64, 65, 100, 1000)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LAYOUTS = ("one document", "packed", "padded", "packed and padded")
-# Largest error in a row, relative; its root mean square may be three quarters of that. In half precision five halves of
-# a unit in the last place: results are rounded once, gradients are computed from rounded outputs.
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
+# Largest error in a row, relative. In half precision six halves of a unit in the last place: results are rounded once,
+# gradients are computed from rounded outputs. The root mean square may be a quarter of that, or three quarters in rows
+# of few entries.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.4e-2, "float16": 3e-3}
 
 
 class Mixer(NamedTuple):
@@ -219,8 +220,8 @@ def row_errors(actual: np.ndarray, expected: np.ndarray, floor: float = 0.1) -> 
     """The largest over all rows of a row's maximal and of its root-mean-square error.
 
     Relative to the root mean square of the expected row, but to no less than `floor` times that of the whole array or
-    a tenth of `floor`: in a row that nearly cancels out only the absolute error has a meaning, and inputs and cotangents
-    are of size 1.
+    a tenth of `floor`: in a row that nearly cancels out only the absolute error has a meaning, and inputs and
+    cotangents are of size 1.
     """
     actual, expected = (np.atleast_1d(np.asarray(x, np.float64)) for x in (actual, expected))
     if actual.shape != expected.shape:
@@ -242,16 +243,18 @@ def assert_close(actual: Any, expected: Any, dtype: str, what: str, floor: float
         worst, rms = row_errors(leaf, reference, floor)
         where = f"{what}{jax.tree_util.keystr(path)}"
         assert worst <= TOLERANCE[dtype], f"{where}: largest error {worst:.2e} > {TOLERANCE[dtype]:.2e}"
-        assert rms <= 0.75 * TOLERANCE[dtype], f"{where}: root mean square {rms:.2e} > {0.75 * TOLERANCE[dtype]:.2e}"
+        bound = (0.25 if np.shape(reference)[-1:] >= (16,) else 0.75) * TOLERANCE[dtype]
+        assert rms <= bound, f"{where}: root mean square {rms:.2e} > {bound:.2e}"
 
 
-def assert_same(actual: Result, expected: Result, dtype: str, what: str) -> None:
+def assert_same(mixer: Mixer, actual: Result, expected: Result, dtype: str, what: str) -> None:
     """Assert that two results agree: outputs and gradients as closely as their dtype, states as float32 or wider.
 
     Gradients are sums that cancel: their errors count relative to the whole gradient of an input.
     """
+    state_dtype = dtype if mixer.initial_state or dtype == "float64" else "float32"  # a cache stands for outputs
     assert_close(actual.outputs, expected.outputs, dtype, f"{what}: outputs")
-    assert_close(actual.state, expected.state, dtype if dtype == "float64" else "float32", f"{what}: state")
+    assert_close(actual.state, expected.state, state_dtype, f"{what}: state")
     assert_close(actual.gradients, expected.gradients, dtype, f"{what}: gradient", floor=1)
     assert_close(actual.state_gradients, expected.state_gradients, dtype, f"{what}: gradient of the state", floor=1)
 
@@ -262,7 +265,7 @@ def assert_same(actual: Result, expected: Result, dtype: str, what: str) -> None
 def check_definition(mixer: Mixer, case: Case) -> None:
     """Laws 1 and 6: outputs, final state and all gradients equal those of the sequential form in float64."""
     reference = evaluate(mixer, case._replace(implementation="sequential"), dtype="float64")
-    assert_same(evaluate(mixer, case), reference, case.dtype, "definition")
+    assert_same(mixer, evaluate(mixer, case), reference, case.dtype, "definition")
 
 
 def check_finite_differences(mixer: Mixer) -> None:
@@ -286,7 +289,9 @@ def check_finite_differences(mixer: Mixer) -> None:
 
 def check_splitting(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
     """Law 2: pieces one after another equal the whole: outputs, final state, and gradients through the state."""
-    assert_same(evaluate(mixer, case, variant=_split(cuts)), evaluate(mixer, case), case.dtype, f"split at {cuts}")
+    assert_same(
+        mixer, evaluate(mixer, case, variant=_split(cuts)), evaluate(mixer, case), case.dtype, f"split at {cuts}"
+    )
 
 
 @functools.cache
@@ -310,7 +315,7 @@ def _time(mixer, inputs, function):
 
 def check_steps(mixer: Mixer, case: Case) -> None:
     """Law 3: calls with one token, in a `lax.scan`, equal the whole; and such a call is no loop and no kernel."""
-    assert_same(evaluate(mixer, case, variant=_steps), evaluate(mixer, case), case.dtype, "steps")
+    assert_same(mixer, evaluate(mixer, case, variant=_steps), evaluate(mixer, case), case.dtype, "steps")
     inputs = _cast(inputs_for(mixer, 1, case.dtype), case.dtype)
     state = carried_state_for(mixer, case.dtype, 9)
     step = functools.partial(mixer.function, implementation=case.implementation)
@@ -356,7 +361,7 @@ def check_segments(mixer: Mixer, case: Case) -> None:
         dtype="float64",
     )
     result = evaluate(mixer, case)
-    assert_same(result, reference, case.dtype, "documents")
+    assert_same(mixer, result, reference, case.dtype, "documents")
     ids = segment_ids_for(case.layout, case.time)
     if ids is not None:
         assert not np.any(result.outputs[ids < 0]), "outputs at padding are not zero"
@@ -411,7 +416,7 @@ def check_extreme(mixer: Mixer, case: Case, extreme: str) -> None:
     result = evaluate(mixer, case, inputs)
     for name, leaf in (("outputs", result.outputs), *result.gradients.items()):
         assert np.all(np.isfinite(leaf)), f"{extreme}: {name} not finite"
-    assert_same(result, reference, case.dtype, extreme)
+    assert_same(mixer, result, reference, case.dtype, extreme)
 
 
 def check_constant_memory(mixer: Mixer) -> None:
@@ -434,7 +439,7 @@ def check_vmap(mixer: Mixer, implementation: str | None) -> None:
         alone = [program(x, state, None) for x in inputs]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
         together = jax.vmap(lambda x: program(x, state, None))(stacked)
-        assert_same(together, jax.tree.map(lambda *x: np.stack(x), *alone), "float32", "vmap")
+        assert_same(mixer, together, jax.tree.map(lambda *x: np.stack(x), *alone), "float32", "vmap")
 
 
 def check_layers(mixer: Mixer, implementation: str | None) -> None:

@@ -177,7 +177,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch time vocabulary"], StackState]:
-        """Logits, float32 or wider, after every token; arbitrary at padding, whose tokens may be anything."""
+        """Logits, float32 or wider, after every token; arbitrary at padding (any valid token)."""
         contract.check_shapes(inputs=(inputs, "batch time"), segment_ids=(segment_ids, "batch time"))
         x = self.embed(inputs) * self.embed.features**0.5
         x, state = self.stack(x, state, segment_ids=segment_ids, key=key)

@@ -19,6 +19,7 @@ def init_state(model: nnx.Module, inputs: Shaped[Array, "batch one ..."], capaci
 def grow_state(state: Any, capacity: int) -> Any:
     """The same state with room for `capacity` tokens in its caches; other states stay as they are.
 
+    States of several models at once grow under `jax.vmap`, as they are used.
     Raises `ValueError` for less than the present capacity.
     """
 

@@ -1,0 +1,1 @@
+"""Kernels in Pallas for TPU (Mosaic): one module per primitive, and what they share."""

@@ -1,33 +1,31 @@
 """Softmax attention over every prefix: the scan forward and its reverse rule, each in one pass over the values.
 
-Equations and letters are those of `primitives.prefix_scan`; ``_chunked_forward`` and ``_chunked_backward`` there compute
-the same. The grid is (batch, block of heads, chunk of time), the last in order: what one chunk leaves for the next,
-(m, u, w) forward and (do, dl) backward, stays in VMEM. Values stay ``[batch, time, heads · dim]``, as the projection
-before and after the kernel has them, so that neither needs a transposition; a head is a slice of lanes. Scalars per
-token and head (s, m, u, gates) come heads first, ``[heads, time]``, so that a chunk of them is one row of lanes.
+Equations and letters are those of `primitives.prefix_scan`, whose ``_chunked_forward`` and ``_chunked_backward``
+compute the same. What a chunk of time leaves for the next, (m, u, w) forward and (do, dl) backward, stays in VMEM.
 
-Inside a chunk row i of a matrix ``[chunk, chunk]`` is a query, column j a token. There is no cumulative maximum in a
-kernel: m is the maximum of the masked row. A quantity per query is kept as wide as that matrix, equal along its row: it
-takes the same registers as one column, and spares the permute unit a broadcast for each use.
+In a chunk, row i of a matrix ``[chunk, chunk]`` is a query, column j a token. Kernels have no cumulative maximum: m is
+that of the masked row. What belongs to a query is kept as wide as the matrix, equal along its row: it takes no more
+registers than a column, and the unit that permutes lanes need not broadcast it for each use.
 
-Cost. A matrix of scores costs 1 exp, some 40 vector and 3 permute operations per query and token, so chunk / 1024
-registers of each per token and head. 128 tokens fill the lanes of a register: a smaller chunk would leave lanes empty,
-a larger one takes more operations. Bytes are the least possible, 2 · itemsize · dim per token and head forward, 4
-backward. Of bfloat16, 8 heads of 64 and a chunk, the compiler schedules {TODO}
+Cost: per token and head, chunk / 1024 registers of exps and of everything else that is done to scores. 128 tokens fill
+the lanes of a register: fewer would leave lanes empty, more cost more. For 128 tokens, 8 heads of 128, bfloat16, in µs,
+forward and backward; instructions are those that the compiler schedules, at the clock that the published FLOP/s of the
+chip imply, not a timing:
+
+    chip   bytes        matmuls      exps         instructions
+    v5e    0.64, 1.28   0.34, 0.34   0.26, 0.09   1.21, 2.22
+    v6e    0.32, 0.64   0.07, 0.07   0.22, 0.07   0.88, 1.54
+
+The values are read and written once, but vector instructions bind, not memory: about two or three times its time.
+VMEM: 4.2 MiB at most.
 """
 
-import functools
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.common import dot, head_block, per_device, varying_like, vmap_into_batch
+from pallas_kernels.tpu.common import CHUNK, ChunkGrid, dot, head_block, per_device, vmap_into_batch
 
-CHUNK = 128
 WIDTH = 1024  # heads · dim of a block, at most
 
 
@@ -35,10 +33,11 @@ def refusal(s, v):
     """Why the kernel cannot serve these inputs, or `None`."""
     if not all(isinstance(size, int) for size in v.shape):
         return f"it needs static shapes, got values of shape {v.shape}"
+    heads, dim = v.shape[2:]
     if s.dtype != jnp.float32 or v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16 values and computes in float32, got {v.dtype} to compute in {s.dtype}"
-    if head_block(*v.shape[2:], WIDTH) is None:
-        return f"it found no block of at most {WIDTH} lanes, whole or a multiple of 128, in {v.shape[2:]} (heads, dim)"
+    if head_block(heads, dim, WIDTH) is None:
+        return f"it needs heads side by side to fill 128 lanes or a multiple, at most {WIDTH}, got {heads=}, {dim=}"
     return None
 
 
@@ -59,17 +58,17 @@ def backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
 
 @vmap_into_batch
 def _forward(s, v, reset, m0, u0, w0):
-    grid = _Grid(*v.shape, head_block(*v.shape[2:], WIDTH), reverse=False)
+    grid = ChunkGrid.over(v, WIDTH)
     first, s_rows, lanes = grid.first(reset), grid.rows(s, constant_values=-jnp.inf), grid.lanes(v)
     m0, u0, w = grid.scalars(m0), grid.scalars(u0), grid.vectors(w0)
     operands, results = [first, s_rows, lanes, m0, u0, w], [lanes, s_rows, s_rows, w]
-    outputs, m, u, w = grid.call(_forward_kernel, operands, results, scratch=2)
+    outputs, m, u, w = grid.call("prefix_scan_forward", _forward_kernel, operands, results, scratch=2)
     return outputs.reshape(v.shape), grid.unrows(m), grid.unrows(u), w.reshape(w0.shape)
 
 
 @vmap_into_batch
 def _backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
-    grid = _Grid(*v.shape, head_block(*v.shape[2:], WIDTH), reverse=True)
+    grid = ChunkGrid.over(v, WIDTH, reverse=True)
     # Beyond the end the average stays what it is.
     m, u = grid.rows(m, mode="edge"), grid.rows(u, mode="edge")
     gate, decay = grid.rows(gate, constant_values=0), grid.rows(decay, constant_values=1)
@@ -78,82 +77,16 @@ def _backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
     do_last, dl_last = grid.vectors(do_last), grid.scalars(dl_last)
     operands = [grid.first(reset), m, u, gate, decay, lanes, o_before, o, do, do_last, dl_last]
     results = [gate, lanes, do_last, dl_last]
-    ds, dv, do, dl = grid.call(_backward_kernel, operands, results)
+    ds, dv, do, dl = grid.call("prefix_scan_backward", _backward_kernel, operands, results)
     return grid.unrows(ds), dv.reshape(v.shape), do.reshape(o0.shape), dl.reshape(o0.shape[:2])
-
-
-class _Grid(NamedTuple):
-    """Which block of an array each step of the grid reads or writes; the methods return (array, block) pairs."""
-
-    batch: int
-    time: int
-    heads: int
-    dim: int
-    block: int  # of so many heads
-    reverse: bool  # the last chunk first
-
-    @property
-    def chunks(self):
-        return pl.cdiv(self.time, CHUNK)
-
-    def chunk(self, step):
-        return self.chunks - 1 - step if self.reverse else step
-
-    def lanes(self, x):
-        """``[batch, time, heads, dim]``: a chunk of values, heads side by side."""
-        block = pl.BlockSpec((None, CHUNK, self.block * self.dim), lambda b, h, c: (b, self.chunk(c), h))
-        return x.reshape(self.batch, self.time, -1), block
-
-    def rows(self, x, **padding):
-        """``[batch, time, heads]``: a chunk of scalars, heads first; filled up to whole chunks."""
-        x = jnp.pad(x, [(0, 0), (0, -self.time % CHUNK), (0, 0)], **padding).swapaxes(1, 2)
-        block = pl.BlockSpec((None, None, self.block, CHUNK), lambda b, h, c: (b, h, 0, self.chunk(c)))
-        return x.reshape(self.batch, -1, self.block, x.shape[2]), block
-
-    def unrows(self, x):
-        return x.reshape(self.batch, self.heads, -1)[..., : self.time].swapaxes(1, 2)
-
-    def first(self, reset):
-        """The first token that each token sees, or −1 if it sees what was carried in."""
-        first = jnp.full((self.batch, self.time), -1, jnp.int32)
-        if reset is not None:
-            first = lax.cummax(jnp.where(reset, jnp.arange(self.time, dtype=jnp.int32), first), axis=1)
-        first = jnp.pad(first, [(0, 0), (0, -self.time % CHUNK)], mode="edge")
-        return first[:, None], pl.BlockSpec((None, 1, CHUNK), lambda b, h, c: (b, 0, self.chunk(c)))
-
-    def vectors(self, x, *later):
-        """``[batch, heads, dim]``: a vector per head; or one for the first chunk and, of `later`, for every other."""
-        x = jnp.concatenate([x.reshape(self.batch, 1, -1), *later], axis=1)
-        shape = (None, None, 1, self.block * self.dim)
-        return x[:, :, None], pl.BlockSpec(shape, lambda b, h, c: (b, self.chunk(c) if later else 0, 0, h))
-
-    def scalars(self, x):
-        """``[batch, heads]``: a scalar per head."""
-        return x.reshape(self.batch, -1, self.block, 1), pl.BlockSpec(
-            (None, None, self.block, 1), lambda b, h, c: (b, h, 0, 0)
-        )
-
-    def call(self, kernel, operands, results, scratch=0):
-        (arrays, in_specs), (likes, out_specs) = zip(*operands, strict=True), zip(*results, strict=True)
-        with jax.enable_x64(False):
-            return pl.pallas_call(
-                functools.partial(kernel, self.time, self.dim),
-                out_shape=varying_like(arrays, likes),
-                grid=(self.batch, self.heads // self.block, self.chunks),
-                in_specs=in_specs,
-                out_specs=out_specs,
-                scratch_shapes=[pltpu.VMEM((self.block, 1), jnp.float32)] * scratch,
-                compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-                name="prefix_scan" + kernel.__name__.removesuffix("_kernel"),
-            )(*arrays)
 
 
 # --- The kernels: a chunk of a block of heads ----------------------------------------------------------------------
 
 
-def _forward_kernel(
-    time, dim, first_ref, s_ref, v_ref, m0_ref, u0_ref, w0_ref, o_ref, m_ref, u_ref, w_ref, m_start_ref, u_start_ref
-):
+def _forward_kernel(time, dim, *refs):
+    first_ref, s_ref, v_ref, m0_ref, u0_ref, w0_ref, *refs = refs
+    o_ref, m_ref, u_ref, w_ref, m_start_ref, u_start_ref = refs
     chunk = pl.program_id(2)
 
     @pl.when(chunk == 0)
@@ -179,25 +112,10 @@ def _forward_kernel(
     m_start_ref[...], u_start_ref[...] = m_ref[:, -1:], u_ref[:, -1:]
 
 
-def _backward_kernel(
-    time,
-    dim,
-    first_ref,
-    m_ref,
-    u_ref,
-    gate_ref,
-    decay_ref,
-    v_ref,
-    o_before_ref,
-    o_ref,
-    do_ref,
-    do_last_ref,
-    dl_last_ref,
-    ds_ref,
-    dv_ref,
-    do_next_ref,
-    dl_next_ref,
-):
+def _backward_kernel(time, dim, *refs):
+    first_ref, m_ref, u_ref, gate_ref, decay_ref, v_ref, *refs = refs
+    o_before_ref, o_ref, do_ref, do_last_ref, dl_last_ref, *refs = refs
+    ds_ref, dv_ref, do_next_ref, dl_next_ref = refs
     chunk = pl.num_programs(2) - 1 - pl.program_id(2)
 
     @pl.when(pl.program_id(2) == 0)
@@ -228,7 +146,7 @@ def _backward_kernel(
 
 
 def _positions(first_ref, chunk):
-    """Query, token and the first token that each query sees, counted from the start of the chunk."""
+    """Query, token and the first token that a query sees, counted from the start of the chunk."""
     query, token = (lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     return query, token, jnp.broadcast_to(first_ref[...] - chunk * CHUNK, (CHUNK, CHUNK)).T
 

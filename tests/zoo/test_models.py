@@ -78,7 +78,7 @@ def test_streaming_equals_the_whole(stack, head, dtype, tolerance):
         chex.assert_trees_all_close(pieces, whole, rtol=0, atol=tolerance)
 
 
-@heads
+@pytest.mark.parametrize("head", ["classifier", "language_model"])
 @stacks
 def test_padded_and_packed_equal_alone(stack, head):
     with jax.enable_x64(True):
@@ -97,7 +97,7 @@ def test_padded_and_packed_equal_alone(stack, head):
 @pytest.mark.parametrize("stack", ["aaren", "transformer"])
 def test_blocks_of_tokens_and_gradients_through_the_state(stack):
     with jax.enable_x64(True):
-        model, inputs = create(stack, "classifier", jnp.float64), inputs_for("classifier", jnp.float64)
+        model, inputs = create(stack, "classifier", jnp.float64, layers=1), inputs_for("classifier", jnp.float64)
 
         def whole(model):
             return jnp.sum(model(inputs)[0] ** 2)
@@ -134,7 +134,7 @@ def test_models_are_plain_pytrees(stack, head):
     """Abstract, several at once, and under the transformations of JAX; no random number generator is left inside."""
 
     def build(key):
-        return zoo.create_model(f"{stack}_{head}", rngs=nnx.Rngs(key), **HEADS[head])
+        return zoo.create_model(f"{stack}_{head}", rngs=nnx.Rngs(key), layers=1, **HEADS[head])
 
     abstract = jax.eval_shape(build, jax.random.key(0))
     models = jax.vmap(build)(jax.random.split(jax.random.key(0), 3))
@@ -149,8 +149,8 @@ def test_models_are_plain_pytrees(stack, head):
     first = jax.jit(jax.grad(loss))(jax.tree.map(lambda x: x[0], models))
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], gradients), first, rtol=1e-4, atol=1e-6)
     used = jax.tree.map(lambda x: bool(jnp.any(x)), gradients)
-    unused = [jax.tree_util.keystr(path) for path, any_ in jax.tree.leaves_with_path(used) if not any_]
-    assert not unused, f"no gradient reaches {unused}"
+    unused = {jax.tree_util.keystr(path) for path, reached in jax.tree.leaves_with_path(used) if not reached}
+    assert all("key" in path and "bias" in path for path in unused), f"no gradient reaches {unused}"
 
 
 @pytest.mark.parametrize("stack", ["aaren", "transformer"])
@@ -168,20 +168,21 @@ def test_bfloat16(stack):
 
 @pytest.mark.parametrize("stack", ["aaren", "transformer"])
 def test_growing_and_counting_bytes(stack):
-    model, inputs = create(stack, "language_model"), inputs_for("language_model")
-    whole, _ = model(inputs)
-    state, outputs = model.init_state(2, 1), []
+    model, inputs = create(stack, "language_model", layers=1), inputs_for("language_model")
+    call = jax.jit(type(model).__call__)
+    whole, _ = call(model, inputs)
+    state, outputs = model.init_state(2, 4), []
     for t in range(TIME):
-        if t in (1, 2, 4, 8):
+        if t in (4, 8):
             state = zoo.grow_state(state, 2 * t)
-        output, state = jax.jit(type(model).__call__)(model, inputs[:, t : t + 1], state)
+        output, state = call(model, inputs[:, t : t + 1], state)
         outputs.append(output)
     chex.assert_trees_all_close(jnp.concatenate(outputs, axis=1), whole, atol=1e-4)
     used, allocated = zoo.state_bytes(state)
-    if stack == "aaren":  # for each layer and row: two statistics a head, a weighted sum, a segment id
-        assert used == allocated == 2 * 2 * 4 * (2 * 2 + 16 + 1)
-    else:  # for each layer and row: keys and values of 12 of 16 slots, three counters
-        assert (used, allocated) == tuple(2 * 2 * 4 * (2 * 16 * slots + 3) for slots in (12, 16))
+    if stack == "aaren":  # for each row: two statistics a head, a weighted sum, a segment id
+        assert used == allocated == 2 * 4 * (2 * 2 + 16 + 1)
+    else:  # for each row: keys and values of 12 of 16 slots, three counters
+        assert (used, allocated) == tuple(2 * 4 * (2 * 16 * slots + 3) for slots in (12, 16))
         with pytest.raises(ValueError, match="capacity"):
             zoo.grow_state(state, 8)
     several = jax.tree.map(lambda x: jnp.stack([x, x]), state)

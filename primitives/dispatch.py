@@ -1,0 +1,27 @@
+"""Which implementation `None` stands for, per platform, chosen when a call is lowered and not when it is traced.
+
+The choices are in fastest.json, written by the benchmark of each primitive; `basis` says what each was measured on, or
+why it was chosen where it could not be measured.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jax import lax
+
+TABLE = Path(__file__).with_name("fastest.json")
+_FASTEST = json.loads(TABLE.read_text())
+
+
+def by_platform[T](primitive: str, candidates: Mapping[str, Callable[..., T]], **replaced: str) -> Callable[..., T]:
+    """The fastest of the candidates on the platform that the result is lowered for.
+
+    Args:
+        primitive: Its name in the table.
+        candidates: Functions by the names that the table uses.
+        **replaced: Per platform, a candidate to use in place of the table's: the shape guards of a kernel.
+    """
+    names = {platform: choice["implementation"] for platform, choice in _FASTEST[primitive].items()} | replaced
+    return functools.partial(lax.platform_dependent, **{platform: candidates[name] for platform, name in names.items()})
