@@ -182,10 +182,12 @@ def _sequential(q, k, v, state, segment_ids, scale):
 def _chunked(q, k, v, first, slot, key_slots, scale):
     """Blocks of queries, recomputed in the backward pass: of the logits only one block exists at a time."""
     first = jnp.broadcast_to(first, slot.shape)
+    dtype = contract.accumulation_dtype(q, k, v)
+    k, v, out = k.astype(dtype), v.astype(dtype), v.dtype  # here, so that gradients are summed up in this precision
     padded = (contract.pad_time(x, CHUNK, fill) for x, fill in ((q, 0), (first, 0), (slot, -1)))
     chunks = tuple(contract.chunk_time(x, CHUNK) for x in padded)
     outputs = lax.map(jax.checkpoint(lambda chunk: _dense(chunk[0], k, v, *chunk[1:], key_slots, scale)), chunks)
-    return contract.unchunk_time(outputs, q.shape[1])
+    return contract.unchunk_time(outputs, q.shape[1]).astype(out)
 
 
 def _dense(q, k, v, first, slot, key_slots, scale):

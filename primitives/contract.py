@@ -99,7 +99,8 @@ def segments(segment_ids: Int[Array, "batch time"] | None, carried: Int[Array, "
     if segment_ids is None:
         return Segments(None, None, carried)
     ids = jnp.concatenate([carried[:, None], segment_ids.astype(carried.dtype)], axis=1)
-    latest = lax.associative_scan(lambda earlier, later: jnp.where(later < 0, earlier, later), ids, axis=1)
+    position = lax.cummax(jnp.where(ids >= 0, jnp.arange(ids.shape[1]), 0), axis=1)
+    latest = jax.vmap(lambda ids, position: ids[position])(ids, position)
     valid = segment_ids >= 0
     return Segments(valid, valid & (segment_ids != latest[:, :-1]), latest[:, -1])
 
@@ -110,9 +111,14 @@ def mask_padding(outputs: Shaped[Array, "batch time *rest"], valid: Bool[Array, 
 
 
 def pad_time(array: Shaped[Array, "batch time *rest"] | None, chunk: int, fill: Any):
-    """Fill up the end of the time axis to a multiple of the chunk; `None` stays `None`."""
+    """Fill up the end of the time axis to a multiple of the chunk; `None` stays `None`.
+
+    Raises `ValueError` for a symbolic length: forms that work in chunks need to know how many there are.
+    """
     if array is None:
         return None
+    if not isinstance(array.shape[1], int):
+        raise ValueError(f"time: expected a static length for a form that works in chunks, got {array.shape[1]}")
     padding = [(0, 0), (0, -array.shape[1] % chunk)] + [(0, 0)] * (array.ndim - 2)
     return jnp.pad(array, padding, constant_values=fill)
 

@@ -251,6 +251,8 @@ def _implementation(implementation, s, v):
     if implementation is not None:
         return pairs[implementation]
     guard = {"tpu": "chunked"} if tpu_kernel.refusal(s, v) else {}
+    if not isinstance(v.shape[1], int):
+        guard = {"tpu": "loop", "cuda": "loop"}
     return tuple(
         dispatch.by_platform("prefix_scan_attention", {name: pair[i] for name, pair in pairs.items()}, **guard)
         for i in (0, 1)

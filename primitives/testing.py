@@ -22,8 +22,7 @@ LENGTHS = (1, 2, 63, 64, 65, 100, 1000)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LAYOUTS = ("one document", "packed", "padded", "packed and padded")
 # Largest error in a row, relative. In half precision six halves of a unit in the last place: results are rounded once,
-# gradients are computed from rounded outputs. The root mean square may be a quarter of that, or three quarters in rows
-# of few entries.
+# gradients are computed from rounded outputs. The root mean square may be half of it, in short rows three quarters.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.4e-2, "float16": 3e-3}
 
 
@@ -243,7 +242,7 @@ def assert_close(actual: Any, expected: Any, dtype: str, what: str, floor: float
         worst, rms = row_errors(leaf, reference, floor)
         where = f"{what}{jax.tree_util.keystr(path)}"
         assert worst <= TOLERANCE[dtype], f"{where}: largest error {worst:.2e} > {TOLERANCE[dtype]:.2e}"
-        bound = (0.25 if np.shape(reference)[-1:] >= (16,) else 0.75) * TOLERANCE[dtype]
+        bound = (0.5 if np.shape(reference)[-1:] >= (16,) else 0.75) * TOLERANCE[dtype]
         assert rms <= bound, f"{where}: root mean square {rms:.2e} > {bound:.2e}"
 
 
