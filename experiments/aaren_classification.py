@@ -104,7 +104,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         f"\nAccuracy over {config.seeds} seeds; bytes of state and time at token {config.stream_tokens:,} of a stream,"
     )
     print("where memory and cumulative time grow as the tokens to the power of these exponents:\n")
-    print(table([_row(name, result, config) for name, result in results.items()]) + "\n")
+    print(comparison(results) + "\n")
     print(f"figures: {folder / 'accuracy.png'}, {folder / 'streaming.png'}")
     return results
 
@@ -199,20 +199,24 @@ def _endless(data: ClassificationData, tokens: int) -> np.ndarray:
     return np.resize(real, (tokens, real.shape[1]))
 
 
-def _row(name, result, config):
-    """One line of the final table."""
-    measured = Stream(**result["stream"])
-    span = measured.seconds[-1] - measured.seconds[-2]
-    return {
-        "model": MODELS[name],
-        "test accuracy": result["test_accuracy"],
-        "parameters": result["parameters"],
-        "bytes of state": measured.used_bytes[-1],
-        "allocated": measured.allocated_bytes[-1],
-        "µs per token": round(1e6 * span / config.stream_block, 1),
-        "memory exponent": round(result["exponent_of_memory"], 2) + 0.0,
-        "time exponent": round(result["exponent_of_time"], 2),
-    }
+def comparison(results: dict[str, Any]) -> str:
+    """The final table, from what `run` returns or a result's `metrics`."""
+    rows = []
+    for name, result in results.items():
+        measured = Stream(**result["stream"])
+        tokens, seconds = (series[-1] - series[-2] for series in (measured.tokens, measured.seconds))
+        row = {
+            "model": MODELS[name],
+            "test accuracy": result["test_accuracy"],
+            "parameters": result["parameters"],
+            "bytes of state": measured.used_bytes[-1],
+            "allocated": measured.allocated_bytes[-1],
+            "µs per token": round(1e6 * seconds / tokens, 1),
+            "memory exponent": round(result["exponent_of_memory"], 2) + 0.0,
+            "time exponent": round(result["exponent_of_time"], 2),
+        }
+        rows.append(row)
+    return table(rows)
 
 
 def _draw_accuracy(accuracies, config, folder):

@@ -7,7 +7,6 @@ machine. With --write-table the platform's fastest implementation goes into the 
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -196,7 +195,7 @@ def _write_table(rows):
     fastest = min(rows, key=lambda row: row["forward + backward / copy"])["implementation"]
     machine = environment()["machine"]["cpu"] if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     basis = f"measured by python -m experiments benchmark_prefix_scan --write-table on {machine}, jax {jax.__version__}"
-    content = json.loads(dispatch.TABLE.read_text())
+    content = dispatch.read_table()
     platform = "default" if jax.default_backend() == "cpu" else jax.default_backend()
     content["prefix_scan_attention"][platform] = {"implementation": fastest, "basis": basis}
     write_json(dispatch.TABLE, content)

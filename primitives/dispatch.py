@@ -12,7 +12,12 @@ from pathlib import Path
 from jax import lax
 
 TABLE = Path(__file__).with_name("fastest.json")
-_FASTEST = json.loads(TABLE.read_text())
+
+
+@functools.cache
+def read_table() -> dict[str, dict[str, dict[str, str]]]:
+    """Primitive to platform to `implementation` and `basis`."""
+    return json.loads(TABLE.read_text())
 
 
 def by_platform[T](primitive: str, candidates: Mapping[str, Callable[..., T]], **replaced: str) -> Callable[..., T]:
@@ -23,5 +28,5 @@ def by_platform[T](primitive: str, candidates: Mapping[str, Callable[..., T]], *
         candidates: Functions by the names that the table uses.
         **replaced: Per platform, a candidate to use in place of the table's: the shape guards of a kernel.
     """
-    names = {platform: choice["implementation"] for platform, choice in _FASTEST[primitive].items()} | replaced
+    names = {platform: choice["implementation"] for platform, choice in read_table()[primitive].items()} | replaced
     return functools.partial(lax.platform_dependent, **{platform: candidates[name] for platform, name in names.items()})

@@ -1,11 +1,12 @@
 """Eight CPU devices for the laws about meshes, quick compilation, `--full` for the whole product of the laws' axes."""
 
+import collections
 import os
 
 # Before jax is imported. The tests compile thousands of small programs and run each once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -13,3 +14,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_addoption(parser):
     """Add `--full`."""
     parser.addoption("--full", action="store_true", help="run the laws over the full product of their axes")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Seconds per law and mixer."""
+    seconds = collections.defaultdict(float)
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        path, _, test = report.nodeid.partition("::")
+        if path.endswith("test_laws.py") and "[" in test:
+            law, _, point = test.partition("[")
+            seconds[point.split("-")[0].rstrip("]"), law.removeprefix("test_")] += report.duration
+    if seconds:
+        terminalreporter.section("seconds per mixer and law")
+    for (mixer, law), total in sorted(seconds.items()):
+        terminalreporter.write_line(f"{total:8.1f}  {mixer:24} {law}")

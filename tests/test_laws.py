@@ -4,12 +4,23 @@
 """
 
 import itertools
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
 
-from primitives import attention, causal_attention, init_attention_state, prefix_scan, prefix_scan_attention, testing
+from primitives import (
+    attention,
+    causal_attention,
+    contract,
+    init_attention_state,
+    prefix_scan,
+    prefix_scan_attention,
+    testing,
+)
 from primitives.testing import Case, Mixer
 
 
@@ -195,7 +206,7 @@ def test_refusals(mixer, case):
 
 # --- The laws can fail ----------------------------------------------------------------------------------------------
 
-PACKED = Case("sequential", layout="packed", carried=True)
+PACKED = Case("chunked", layout="packed", carried=True)
 
 
 def _dropped_carry(**arguments):
@@ -203,27 +214,47 @@ def _dropped_carry(**arguments):
 
 
 def _dropped_state_gradient(state=None, **arguments):
-    return prefix_scan_attention(state=testing.jax.lax.stop_gradient(state), **arguments)
+    return prefix_scan_attention(state=jax.lax.stop_gradient(state), **arguments)
 
 
-def _one_token_ahead(logits, values, **arguments):
-    return prefix_scan_attention(
-        np.roll(logits, -1, 1) if isinstance(logits, np.ndarray) else testing.jnp.roll(logits, -1, 1),
-        values,
-        **arguments,
-    )
+def _future_mask(s, reset):
+    visible, first = prefix_scan_chunk_masks(s, reset)
+    return visible | jnp.eye(s.shape[1], k=1, dtype=bool), first
+
+
+def _swapped_segments(segment_ids, carried):
+    valid, reset, last = contract_segments(segment_ids, carried)
+    return contract.Segments(valid, None if reset is None else valid & ~reset, last)
+
+
+def _dropped_decay(gate, decay, *rest):
+    return prefix_scan_chunked_backward(gate, jnp.ones_like(decay), *rest)
+
+
+prefix_scan_chunk_masks, prefix_scan_chunked_backward = prefix_scan._chunk_masks, prefix_scan._chunked_backward
+contract_segments = contract.segments
+
+
+@pytest.mark.parametrize("mutant", [_dropped_carry, _dropped_state_gradient])
+@pytest.mark.parametrize("law", [partial(testing.check_splitting, cuts=(50,)), testing.check_steps])
+def test_mutants_of_a_call_are_caught(mutant, law):
+    with pytest.raises(AssertionError):
+        law(MIXERS["prefix_scan_attention"]._replace(function=mutant), PACKED)
 
 
 @pytest.mark.parametrize(
-    ("mutant", "law"),
+    ("module", "name", "mutant", "law"),
     [
-        (_dropped_carry, lambda mixer: testing.check_splitting(mixer, PACKED, (50,))),
-        (_dropped_carry, lambda mixer: testing.check_steps(mixer, PACKED)),
-        (_dropped_state_gradient, lambda mixer: testing.check_splitting(mixer, PACKED, (50,))),
-        (_one_token_ahead, lambda mixer: testing.check_causality(mixer, PACKED, (64,))),
-        (_one_token_ahead, lambda mixer: testing.check_steps(mixer, PACKED)),
+        (prefix_scan, "_chunk_masks", _future_mask, partial(testing.check_causality, cuts=(50,))),
+        (prefix_scan, "_chunk_masks", _future_mask, testing.check_definition),
+        (prefix_scan, "_chunked_backward", _dropped_decay, testing.check_definition),
+        (contract, "segments", _swapped_segments, testing.check_segments),
+        (contract, "segments", _swapped_segments, testing.check_steps),
     ],
 )
-def test_mutants_are_caught(mutant, law):
+def test_mutants_of_the_code_are_caught(monkeypatch, module, name, mutant, law):
+    mixer = MIXERS["prefix_scan_attention"]._replace(function=lambda **arguments: prefix_scan_attention(**arguments))
+    law(mixer, PACKED)
+    monkeypatch.setattr(module, name, mutant)
     with pytest.raises(AssertionError):
-        law(MIXERS["prefix_scan_attention"]._replace(function=mutant))
+        law(mixer._replace(function=lambda **arguments: prefix_scan_attention(**arguments)), PACKED)

@@ -34,6 +34,7 @@ PAPERS = (
         file="zoo/token_mixers/aaren.py",
         implements="Aaren: prefix-scan attention with a learned query; parameter counts of the paper",
         models=("aaren",),
+        experiments=("aaren_classification", "aaren_recall"),
     ),
     Paper(
         title="Attention Is All You Need",
@@ -43,6 +44,7 @@ PAPERS = (
         file="zoo/token_mixers/transformer.py",
         implements="causal self-attention with a cache, as the baseline",
         models=("transformer",),
+        experiments=("aaren_classification", "aaren_recall"),
     ),
 )
 
