@@ -341,12 +341,8 @@ def _chunked_backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_
         o_c = jnp.concatenate([_row_before(outputs, o0, i * CHUNK)[:, None], o_c[:, :-1]], axis=1)
         g_c, decay_c, m_c, u_c = (x.swapaxes(1, 2) for x in contract.time_index((gate, decay, m, u), i * CHUNK, CHUNK))
         visible, _ = _chunk_masks(g_c.swapaxes(1, 2), contract.time_index(reset, i * CHUNK, CHUNK))
-        # decays[i, j] = Π_{j<k≤i} λ_k
-        decays = (
-            jnp.where(visible, _exp(m_c[..., None, :], m_c[..., None]), 0)
-            * u_c[..., None, :]
-            * _reciprocal(u_c)[..., None]
-        )
+        m_seen = jnp.where(visible, m_c[..., None, :], -jnp.inf)
+        decays = _exp(m_seen, m_c[..., None]) * u_c[..., None, :] * _reciprocal(u_c)[..., None]  # [i, j]: Π_{j<k≤i} λ_k
         do_c = _matmul("bhij,bihd->bhjd", decays, do_c) + decays[:, :, -1, :, None] * do_next[:, :, None]
         c = jnp.sum(do_c * (v_c - o_c).swapaxes(1, 2), axis=-1)
         dl = decays[:, :, -1] * dl_next[..., None] - _matmul("bhij,bhi->bhj", jnp.tril(decays, -1), g_c * c)
