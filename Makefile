@@ -1,4 +1,4 @@
-# `make demo` runs the main job, `make test` the tests. Both first set up what they need; all targets are safe to run twice.
+# `make demo` runs the main job, `make test` the tests. They set up what they need; every target is safe to run twice.
 SHELL := /bin/sh
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt

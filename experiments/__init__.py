@@ -11,7 +11,7 @@ from typing import Any
 
 from pallas_kernels import __version__
 
-__all__: list[str] = ["EXPERIMENTS", "ExperimentError", "__version__", "refuse_other_run", "writing"]
+__all__: list[str] = ["EXPERIMENTS", "ExperimentError", "__version__", "check_positive", "refuse_other_run", "writing"]
 
 EXPERIMENTS: tuple[str, ...] = ("aaren_classification", "aaren_recall", "benchmark_prefix_scan")
 """The modules of this package that are experiments, in the order in which `list` shows them."""
@@ -33,6 +33,18 @@ def writing(path: Path) -> Iterator[None]:
         number = int(code[1]) if code else getattr(error, "errno", None)
         reason = os.strerror(number) if number else textwrap.shorten(str(error), 200)
         raise ExperimentError(f"cannot write {path}: {reason}") from error
+
+
+def check_positive(config: Any, *, except_for: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` for a number of a configuration, or an entry of a tuple of numbers, that is not positive."""
+    for name, value in vars(config).items():
+        if name in except_for:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
+                raise ValueError(f"{name}: expected positive numbers, got {value}")
+        if value == ():
+            raise ValueError(f"{name}: expected at least one number")
 
 
 def refuse_other_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

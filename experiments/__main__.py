@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         match arguments:
             case [] | ["-h" | "--help"]:
                 print(USAGE)
-            case ["list"]:
+            case ["list", *_]:
                 print("\n".join(map(_describe, EXPERIMENTS)))
             case [name, *options] if name in EXPERIMENTS:
                 _run(name, options)
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     except ExperimentError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        message = f"{error.filename or 'input or output'}: {error.strerror}" if error.strerror else str(error)
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install 'seqzoo[experiments]'"
     print(f"error: {message}", file=sys.stderr)
@@ -89,7 +89,7 @@ def _run(name: str, options: list[str]) -> None:
             "seeds": config.get("seeds"),
             "started": started,
             "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "wall_seconds": time.perf_counter() - begun,  # of this process; a resumed run started earlier
+            "seconds_of_last_process": time.perf_counter() - begun,  # of a resumed run, the piece that ended it
             **environment(),
             "metrics": metrics,
         }

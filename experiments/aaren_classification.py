@@ -1,7 +1,8 @@
 """Aaren and a causal Transformer on time-series classification, then token by token (Attention as an RNN, Figure 5).
 
 The paper's comparison on one of its data sets: both models of equal width and depth, with a learning rate chosen for
-each by the same search on validation data, then trained on all training data with several seeds and tested once. The
+each by the same search on validation data, then trained on all training data with several seeds and tested at the end
+(the test accuracies along the way, in TensorBoard, choose nothing). The
 trained models are then fed one token at a time, and the size of their state and the time are measured. The paper's
 claim: Aaren performs comparably to Transformers, and streams in constant memory and linear time. (Its accuracies were
 not available to us, so none are shown.)
@@ -19,9 +20,11 @@ import optax
 from flax import nnx
 
 import zoo
+from experiments import check_positive
 from experiments.data import (
     ClassificationData,
     batches,
+    check_available,
     evaluation_batches,
     load_classification,
     standardise,
@@ -80,6 +83,17 @@ class Config:
     stream_repeats: int = 3
     """Times that each block is measured; the fastest counts."""
 
+    def __post_init__(self):
+        check_positive(self)
+        if self.stream_tokens % self.stream_block or self.stream_tokens < 2 * self.stream_block:
+            raise ValueError(
+                f"stream_tokens: expected at least two blocks of {self.stream_block} tokens, and no part of one"
+            )
+        zoo.AarenConfig(
+            self.width, self.layers, self.heads, self.hidden, dropout=self.dropout
+        )  # refuses what does not fit
+        check_available(self.dataset, self.source_folder)
+
 
 PRESETS: dict[str, Config] = {
     "demo": Config(),
@@ -113,7 +127,7 @@ def _compare(name, config, train, test, folder):
     """Everything about one model."""
     seeds = range(config.seeds)
     tuning = _tune(name, config, train, folder / "tuning")
-    models, tested = _train(
+    models, tested, training = _train(
         name, config, train, test, config.steps, seeds, [tuning["chosen"]] * config.seeds, folder / "test"
     )
     model = jax.tree.map(lambda x: x[0], models)
@@ -126,6 +140,7 @@ def _compare(name, config, train, test, folder):
         "tuning": tuning,
         "test_accuracy": summary(tested["accuracy"]),
         "test_loss": summary(tested["loss"]),
+        **training,
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "stream": result._asdict(),
         "exponent_of_time": growth_exponent(result.tokens, result.seconds, first=late),
@@ -138,7 +153,7 @@ def _tune(name, config, train, folder):
     part, validation = stratified_split(train, config.validation_fraction, seed=0)
     members = [(100 + seed, rate) for rate in config.learning_rates for seed in range(config.tuning_seeds)]
     seeds, rates = zip(*members, strict=True)
-    _, held_out = _train(name, config, part, validation, config.tuning_steps, seeds, rates, folder)
+    _, held_out, training = _train(name, config, part, validation, config.tuning_steps, seeds, rates, folder)
     accuracy, loss = (np.reshape(held_out[name], (-1, config.tuning_seeds)) for name in ("accuracy", "loss"))
     by_rate = [
         {"learning rate": rate, "accuracy": summary(right), "loss": summary(losses)}
@@ -147,11 +162,11 @@ def _tune(name, config, train, folder):
     chosen = max(by_rate, key=lambda row: (row["accuracy"]["mean"], -row["loss"]["mean"]))["learning rate"]
     print(f"\n{MODELS[name]}: on {len(validation)} validation series; learning rate {chosen:g} is chosen")
     print(table(by_rate))
-    return {"validation": by_rate, "chosen": chosen}
+    return {"validation": by_rate, "chosen": chosen, **training}
 
 
 def _train(name, config, train, held_out, steps, seeds, rates, folder):
-    """Models trained on `train`, one per seed, and their `loss` and `accuracy` on `held_out`, a list per name."""
+    """Models trained on `train`, one per seed; their `loss` and `accuracy` on `held_out`; how training went."""
 
     def create(key):
         return zoo.create_model(
@@ -190,7 +205,8 @@ def _train(name, config, train, held_out, steps, seeds, rates, folder):
         create, loss, batches(train, config.batch_size, seed=seeds).__getitem__, schedule, folder,
         seeds=seeds, learning_rates=rates, evaluate=evaluate, label=f"{MODELS[name]}, {folder.name}",
     )  # fmt: skip
-    return fitted.models, {name: fitted.history[-1][f"evaluate/{name}"] for name in ("loss", "accuracy")}
+    last = {name: fitted.history[-1][f"evaluate/{name}"] for name in ("loss", "accuracy")}
+    return fitted.models, last, {"training_seconds": fitted.seconds, "diverged": fitted.diverged}
 
 
 def _endless(data: ClassificationData, tokens: int) -> np.ndarray:

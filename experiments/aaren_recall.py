@@ -19,7 +19,8 @@ import optax
 from flax import nnx
 
 import zoo
-from experiments.data import recall_batches
+from experiments import check_positive
+from experiments.data import associative_recall, recall_batches
 from experiments.results import summary, table
 from experiments.trainer import TrainConfig, fit
 
@@ -58,6 +59,15 @@ class Config:
     heads: int = 2
     """Heads of the mixers."""
 
+    def __post_init__(self):
+        check_positive(self)
+        zoo.AarenConfig(self.width, self.layers, self.heads)  # refuses what does not fit
+        associative_recall(0, 0, batch_size=1, **self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Those of a sequence."""
+        return {field: getattr(self, field) for field in ("pairs", "queries", "vocabulary", "length")}
+
 
 PRESETS: dict[str, Config] = {
     "demo": Config(),
@@ -67,7 +77,7 @@ PRESETS: dict[str, Config] = {
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """Train and test both models; the results as a dictionary, learning curves in `folder`."""
-    sizes = {field: getattr(config, field) for field in ("pairs", "queries", "vocabulary", "length")}
+    sizes = config.sizes()
     test = [recall_batches(config.batch_size, seed=10**6, **sizes)[i] for i in range(config.test_batches)]
     test = jax.tree.map(lambda *x: np.concatenate(x), *test)
     results = {name: _train(name, config, sizes, test, folder / name) for name in MODELS}
@@ -82,8 +92,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     print(f"\nfigure: {folder / 'recall.png'}")
     return {
         "references": references,
-        "models": {name: best for name, (best, _) in results.items()},
-        "history": {name: history for name, (_, history) in results.items()},
+        "models": {name: best | training for name, (best, training) in results.items()},
     }
 
 
@@ -96,7 +105,7 @@ def _accuracy_of_commonest(test, pairs):
 
 
 def _train(name, config, sizes, test, folder):
-    """The best learning rate's accuracy on fresh sequences, and the history of all members."""
+    """The best learning rate's accuracy on fresh sequences; how training went, for all members."""
     members = [(seed, rate) for rate in config.learning_rates for seed in range(config.seeds)]
     seeds, rates = zip(*members, strict=True)
 
@@ -134,12 +143,14 @@ def _train(name, config, sizes, test, folder):
     )  # fmt: skip
     accuracy = np.reshape(fitted.history[-1]["evaluate/accuracy"], (-1, config.seeds))
     best = int(np.argmax(accuracy.mean(axis=1)))
-    return {"learning rate": config.learning_rates[best], "accuracy": summary(accuracy[best])}, fitted.history
+    training = {"training_seconds": fitted.seconds, "diverged": fitted.diverged, "history": fitted.history}
+    return {"learning rate": config.learning_rates[best], "accuracy": summary(accuracy[best])}, training
 
 
 def _draw(results, references, folder):
     figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-    for color, (name, (_, history)) in enumerate(results.items()):
+    for color, (name, (_, training)) in enumerate(results.items()):
+        history = training["history"]
         steps = [row["step"] for row in history]
         for member, curve in enumerate(zip(*(row["evaluate/accuracy"] for row in history), strict=True)):
             axis.plot(steps, curve, color=f"C{color}", alpha=0.7, label=None if member else MODELS[name])

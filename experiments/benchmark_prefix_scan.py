@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from jax import lax
 
+from experiments import check_positive
 from experiments.results import environment, table, write_json
 from experiments.streaming import growth_exponent
 from primitives import dispatch, prefix_scan, prefix_scan_attention
@@ -48,6 +49,9 @@ class Config:
     """The fastest counts."""
     write_table: bool = False
     """Write the fastest implementation on this platform to primitives/fastest.json."""
+
+    def __post_init__(self):
+        check_positive(self)
 
 
 PRESETS: dict[str, Config] = {
@@ -196,7 +200,7 @@ def _write_table(rows):
     machine = environment()["machine"]["cpu"] if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     basis = f"measured by python -m experiments benchmark_prefix_scan --write-table on {machine}, jax {jax.__version__}"
     content = dispatch.read_table()
-    platform = "default" if jax.default_backend() == "cpu" else jax.default_backend()
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     content["prefix_scan_attention"][platform] = {"implementation": fastest, "basis": basis}
     write_json(dispatch.TABLE, content)
 

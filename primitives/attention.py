@@ -114,6 +114,8 @@ def causal_attention(
     contract.check_segment_ids(segment_ids)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
 
+    if segment_ids is not None:
+        k, v = (contract.mask_padding(x, segment_ids >= 0) for x in (k, v))  # no weight times NaN is NaN
     fresh = state is None
     state = _fresh_state(k, v) if fresh else state
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
@@ -46,15 +47,25 @@ def check_floating(**arguments: Any) -> None:
 
 
 def check_segment_ids(segment_ids: Any) -> None:
-    """Raise `TypeError` for segment ids that are not integers."""
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
+    """Raise `TypeError` for segment ids that are not integers, or that int32 cannot represent."""
+    if segment_ids is None:
+        return
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or not np.can_cast(segment_ids.dtype, np.int32):
+        raise TypeError(f"segment_ids: expected int32 or a narrower integer dtype, got {segment_ids.dtype}")
 
 
 def check_state(state: Any, kind: type, **dimensions: str) -> dict[str, tuple[Any, str]]:
-    """Return the fields of a state for `check_shapes`; raise `TypeError` if it is not `None` or of its kind."""
+    """Return the fields of a state for `check_shapes`; raise `TypeError` if it is not `None` or of its kind.
+
+    Its arrays must have the dtypes of the annotations of the kind.
+    """
     if state is not None and not isinstance(state, kind):
         raise TypeError(f"state: expected None or {kind.__name__}, got {type(state).__name__}")
+    for field in dimensions if state is not None else ():
+        expected, found = kind.__annotations__[field], getattr(state, field)
+        if not hasattr(found, "dtype") or found.dtype.name not in expected.dtypes:
+            what = getattr(found, "dtype", type(found).__name__)
+            raise TypeError(f"state.{field}: expected {expected.__name__.partition('[')[0]} numbers, got {what}")
     return {f"state.{field}": (state and getattr(state, field), shape) for field, shape in dimensions.items()}
 
 
@@ -98,10 +109,13 @@ def segments(segment_ids: Int[Array, "batch time"] | None, carried: Int[Array, "
     """
     if segment_ids is None:
         return Segments(None, None, carried)
+    valid = segment_ids >= 0
+    if segment_ids.shape[1] == 1:
+        ids = segment_ids[:, 0].astype(carried.dtype)
+        return Segments(valid, valid & (segment_ids != carried[:, None]), jnp.where(ids >= 0, ids, carried))
     ids = jnp.concatenate([carried[:, None], segment_ids.astype(carried.dtype)], axis=1)
     position = lax.cummax(jnp.where(ids >= 0, jnp.arange(ids.shape[1]), 0), axis=1)
     latest = jax.vmap(lambda ids, position: ids[position])(ids, position)
-    valid = segment_ids >= 0
     return Segments(valid, valid & (segment_ids != latest[:, :-1]), latest[:, -1])
 
 

@@ -88,10 +88,11 @@ def prefix_scan_attention(
     contract.check_segment_ids(segment_ids)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
 
-    dtype = contract.accumulation_dtype(logits, values)
+    dtype = contract.accumulation_dtype(logits, values, *(() if state is None else state[:3]))
     state = _fresh_state(logits, values, segment_ids, dtype) if state is None else state
     valid, reset, last = contract.segments(segment_ids, state.segment)
     s = logits.astype(dtype) if valid is None else jnp.where(valid[..., None], logits.astype(dtype), -jnp.inf)
+    values = contract.mask_padding(values, valid)  # no weight times NaN is NaN
     carry = (state.max.astype(dtype), state.denominator.astype(dtype), state.numerator.astype(dtype))
 
     if logits.shape[1] == 1:
@@ -252,7 +253,7 @@ def _implementation(implementation, s, v):
         return pairs[implementation]
     guard = {"tpu": "chunked"} if tpu_kernel.refusal(s, v) else {}
     if not isinstance(v.shape[1], int):
-        guard = {"tpu": "loop", "cuda": "loop"}
+        guard = dict.fromkeys(("tpu", "cuda", "default"), "loop")
     return tuple(
         dispatch.by_platform("prefix_scan_attention", {name: pair[i] for name, pair in pairs.items()}, **guard)
         for i in (0, 1)

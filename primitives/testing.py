@@ -22,7 +22,8 @@ LENGTHS = (1, 2, 63, 64, 65, 100, 1000)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LAYOUTS = ("one document", "packed", "padded", "packed and padded")
 # Largest error in a row, relative. In half precision six halves of a unit in the last place: results are rounded once,
-# gradients are computed from rounded outputs. The root mean square may be half of it, in short rows three quarters.
+# gradients are computed from rounded outputs. The root mean square may be half of it, that of outputs a fifth, and in
+# short rows three quarters.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.4e-2, "float16": 3e-3}
 
 
@@ -235,14 +236,14 @@ def row_errors(actual: np.ndarray, expected: np.ndarray, floor: float = 0.1) -> 
     return float(np.max(worst)), float(np.max(mean))
 
 
-def assert_close(actual: Any, expected: Any, dtype: str, what: str, floor: float = 0.1) -> None:
+def assert_close(actual: Any, expected: Any, dtype: str, what: str, floor: float = 0.1, share: float = 0.5) -> None:
     """Assert that every row of every array is within the tolerance of a dtype; NaN is never close."""
     pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, leaf), reference in pairs:
         worst, rms = row_errors(leaf, reference, floor)
         where = f"{what}{jax.tree_util.keystr(path)}"
         assert worst <= TOLERANCE[dtype], f"{where}: largest error {worst:.2e} > {TOLERANCE[dtype]:.2e}"
-        bound = (0.5 if np.shape(reference)[-1:] >= (16,) else 0.75) * TOLERANCE[dtype]
+        bound = (share if np.shape(reference)[-1:] >= (16,) else 0.75) * TOLERANCE[dtype]
         assert rms <= bound, f"{where}: root mean square {rms:.2e} > {bound:.2e}"
 
 
@@ -252,7 +253,7 @@ def assert_same(mixer: Mixer, actual: Result, expected: Result, dtype: str, what
     Gradients are sums that cancel: their errors count relative to the whole gradient of an input.
     """
     state_dtype = dtype if mixer.initial_state or dtype == "float64" else "float32"  # a cache stands for outputs
-    assert_close(actual.outputs, expected.outputs, dtype, f"{what}: outputs")
+    assert_close(actual.outputs, expected.outputs, dtype, f"{what}: outputs", share=0.2)
     assert_close(actual.state, expected.state, state_dtype, f"{what}: state")
     assert_close(actual.gradients, expected.gradients, dtype, f"{what}: gradient", floor=1)
     assert_close(actual.state_gradients, expected.state_gradients, dtype, f"{what}: gradient of the state", floor=1)
@@ -318,7 +319,7 @@ def check_steps(mixer: Mixer, case: Case) -> None:
     inputs = _cast(inputs_for(mixer, 1, case.dtype), case.dtype)
     state = carried_state_for(mixer, case.dtype, 9)
     step = functools.partial(mixer.function, implementation=case.implementation)
-    program = str(jax.make_jaxpr(step)(**inputs, state=state))
+    program = str(jax.make_jaxpr(step)(**inputs, state=state, segment_ids=jnp.zeros((SIZES["batch"], 1), jnp.int32)))
     for forbidden in ("scan[", "while[", "pallas_call[", "pad["):
         assert forbidden not in program, f"one step contains {forbidden[:-1]}"
 
@@ -396,9 +397,9 @@ def _documents(layout, time, carried):
 
 
 def check_padding_only(mixer: Mixer, implementation: str | None) -> None:
-    """Law 5: a call with nothing but padding returns zeros and the state that it was given."""
+    """Law 5: a call with nothing but padding, whatever it holds, returns zeros and the state that it was given."""
     with _kernels(implementation):
-        inputs = _cast(inputs_for(mixer, 3, "float32"), "float32")
+        inputs = _time(mixer, _cast(inputs_for(mixer, 3, "float32"), "float32"), lambda x: x * jnp.nan)
         state = carried_state_for(mixer, "float32", 8)
         ids = jnp.full((SIZES["batch"], 3), -1, jnp.int32)
         outputs, final = _forward(mixer, implementation)(inputs, state, ids)
@@ -474,9 +475,14 @@ def check_export(mixer: Mixer, implementation: str | None) -> None:
     platform = "tpu" if implementation == "pallas" else "cpu"
     exported = jax.export.export(function, platforms=[platform])(inputs, state, ids)
     exported = jax.export.deserialize(exported.serialize(vjp_order=1))
-    assert exported.has_vjp()
     if platform == "cpu":
-        assert_close(exported.call(inputs, state, ids), function(inputs, state, ids), "float32", "export")
+        results, pull = jax.vjp(function, inputs, state, ids)
+        assert_close(exported.call(inputs, state, ids), results, "float32", "export")
+        cotangents = jax.tree.map(
+            lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0), results
+        )
+        gradients = exported.vjp().call(inputs, state, ids, *jax.tree.leaves(cotangents))
+        assert_close(_floating(gradients), _floating(pull(cotangents)), "float32", "export: gradient", floor=1)
 
 
 def check_shard_map(mixer: Mixer, implementation: str | None, carried: bool) -> None:
@@ -604,5 +610,8 @@ def check_refusals(mixer: Mixer) -> None:
     refuses(ValueError, "segment_ids", segment_ids=ids[0])
     refuses(ValueError, "implementation", implementation="quickest")
     refuses(TypeError, "state", state=(1, 2, 3))
+    refuses(TypeError, "segment_ids", segment_ids=ids.astype(jnp.uint32))
     for field, array in zip(state._fields, state, strict=True):
         refuses(ValueError, f"state.{field}", state=state._replace(**{field: array[:1]}))
+        refuses(TypeError, f"state.{field}", state=state._replace(**{field: array.astype(jnp.complex64)}))
+        refuses(TypeError, f"state.{field}", state=state._replace(**{field: None}))

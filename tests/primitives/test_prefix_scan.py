@@ -105,7 +105,7 @@ def test_chooses_when_lowered(platform):
 
 def test_table_of_the_fastest_names_candidates():
     table = dispatch.read_table()["prefix_scan_attention"]
-    assert table.keys() == {"default", "cuda", "tpu"}
+    assert table.keys() == {"cpu", "default", "cuda", "tpu"}
     assert {choice["implementation"] for choice in table.values()} <= {"loop", "chunked", "pallas"}
 
 

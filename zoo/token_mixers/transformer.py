@@ -66,7 +66,7 @@ class TransformerConfig(StackConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.heads % (self.kv_heads or self.heads):
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: expected a divisor of the {self.heads} heads, got {self.kv_heads}")
         if self.position == "rotary" and self.width // self.heads % 2:
             raise ValueError(f"position: rotary needs heads of even size, got {self.width // self.heads}")
