@@ -84,14 +84,10 @@ class Config:
     """Times that each block is measured; the fastest counts."""
 
     def __post_init__(self):
-        check_positive(self)
+        check_positive(self, except_for=("dropout", "weight_decay"))
         if self.stream_tokens % self.stream_block or self.stream_tokens < 2 * self.stream_block:
-            raise ValueError(
-                f"stream_tokens: expected at least two blocks of {self.stream_block} tokens, and no part of one"
-            )
-        zoo.AarenConfig(
-            self.width, self.layers, self.heads, self.hidden, dropout=self.dropout
-        )  # refuses what does not fit
+            raise ValueError(f"stream_tokens: expected two or more whole blocks of {self.stream_block} tokens")
+        zoo.AarenConfig(self.width, self.layers, self.heads, self.hidden, dropout=self.dropout)  # refuses misfits
         check_available(self.dataset, self.source_folder)
 
 

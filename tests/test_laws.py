@@ -56,7 +56,7 @@ MIXERS = {
         transforms={"q": lambda noise: noise / 2},
         extremes={
             # Integers, so that the logits are exact in float32.
-            "large": lambda x: x | {name: np.round(40 * x[name]) for name in "qk"},
+            "large": lambda x: x | {name: np.round(8 * x[name]) for name in "qk"},
             "all equal": lambda x: x | {name: np.full_like(x[name], 0.75) for name in "qk"},
         },
         initial_state=lambda x, capacity: init_attention_state(
