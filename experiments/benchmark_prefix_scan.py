@@ -40,7 +40,7 @@ class Config:
     time: int = 8192
     """Tokens of the comparison of implementations."""
     growth: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144)
-    """Tokens of the growth of time, with one row."""
+    """Tokens of the growth of time."""
     memory_time: int = 65536
     """Tokens of the comparison of memory, with one row."""
     error_time: int = 1000
@@ -150,7 +150,7 @@ def _growth(config):
     functions = {"copy": _copy, "forward": form, "forward + backward": _with_gradients(form)}
     seconds = {name: [] for name in functions}
     for length in config.growth:
-        inputs = _inputs(1, length, config)
+        inputs = _inputs(config.batch, length, config)
         for name, function in functions.items():
             seconds[name].append(_seconds(function, inputs, config.repeats))
     exponents = {name: growth_exponent(config.growth, values, first=0) for name, values in seconds.items()}
