@@ -7,6 +7,7 @@ root-mean-square error of each row. References are sequential, in float64.
 
 import contextlib
 import functools
+import io
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -206,11 +207,17 @@ def _widen(array, dtype):
     return array.astype(jnp.result_type(array.dtype, dtype))
 
 
+@contextlib.contextmanager
+def interpreted_kernels():
+    """Pallas TPU kernels on a CPU: fresh memory is full of NaN, a race between them is an `AssertionError`."""
+    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pltpu.force_tpu_interpret_mode(parameters):
+        yield
+    assert "RACE DETECTED" not in printed.getvalue(), printed.getvalue()  # the interpreter only prints it
+
+
 def _kernels(implementation: str | None):
-    """Pallas kernels on a CPU: interpreted, with fresh memory poisoned and races detected."""
-    if implementation != "pallas":
-        return contextlib.nullcontext()
-    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+    return interpreted_kernels() if implementation == "pallas" else contextlib.nullcontext()
 
 
 # --- Comparing ------------------------------------------------------------------------------------------------------

@@ -7,19 +7,14 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-# What libtpu would ask a machine with a TPU, and a lock that is of no use without one.
-LIBTPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+from experiments.compile_prefix_scan import LIBTPU
+from primitives.testing import interpreted_kernels
 
 
 @pytest.fixture
 def tpu_interpreter():
-    """Run TPU kernels on the CPU, on uninitialised memory full of NaN; raise on a race."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+    """Run TPU kernels on the CPU, on uninitialised memory full of NaN; fail on a race."""
+    with interpreted_kernels():
         yield
     pltpu.reset_tpu_interpret_mode_state()
 
