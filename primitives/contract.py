@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
@@ -47,10 +46,13 @@ def check_floating(**arguments: Any) -> None:
 
 
 def check_segment_ids(segment_ids: Any) -> None:
-    """Raise `TypeError` for segment ids that are not integers, or that int32 cannot represent."""
+    """Raise `TypeError` for segment ids that are not integers; ids are int32, so unsigned ones must be narrower.
+
+    With x64 on, int64 is what integers are by default: taken, for values that int32 holds.
+    """
     if segment_ids is None:
         return
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or not np.can_cast(segment_ids.dtype, np.int32):
+    if segment_ids.dtype.name not in ("int8", "int16", "int32", "int64", "uint8", "uint16"):
         raise TypeError(f"segment_ids: expected int32 or a narrower integer dtype, got {segment_ids.dtype}")
 
 
@@ -109,11 +111,12 @@ def segments(segment_ids: Int[Array, "batch time"] | None, carried: Int[Array, "
     """
     if segment_ids is None:
         return Segments(None, None, carried)
+    segment_ids = segment_ids.astype(carried.dtype)
     valid = segment_ids >= 0
     if segment_ids.shape[1] == 1:
-        ids = segment_ids[:, 0].astype(carried.dtype)
-        return Segments(valid, valid & (segment_ids != carried[:, None]), jnp.where(ids >= 0, ids, carried))
-    ids = jnp.concatenate([carried[:, None], segment_ids.astype(carried.dtype)], axis=1)
+        last = jnp.where(valid, segment_ids, carried[:, None])[:, 0]
+        return Segments(valid, valid & (segment_ids != carried[:, None]), last)
+    ids = jnp.concatenate([carried[:, None], segment_ids], axis=1)
     position = lax.cummax(jnp.where(ids >= 0, jnp.arange(ids.shape[1]), 0), axis=1)
     latest = jax.vmap(lambda ids, position: ids[position])(ids, position)
     return Segments(valid, valid & (segment_ids != latest[:, :-1]), latest[:, -1])
