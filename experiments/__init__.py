@@ -26,9 +26,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failure to write `path` (a full disk, an unwritable folder) into an `ExperimentError` with the reason."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # libraries that write for us raise their own; TensorStore names the system's error inside
+    except Exception as error:
+        # Libraries that write for us raise their own; TensorStore names the system's error inside.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
         reason = os.strerror(number) if number else textwrap.shorten(str(error), 200)

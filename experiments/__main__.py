@@ -78,6 +78,11 @@ def _run(name: str, options: list[str]) -> None:
     from experiments.run_folder import claim
 
     command = _parse(name, module, options)
+    try:
+        getattr(module, "check", lambda config: None)(command.config)  # before a folder is claimed for what cannot run
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     config, path = dataclasses.asdict(command.config), command.folder / "result.json"
     with claim(command.folder, {"experiment": name, **config}, fresh=command.fresh) as started:
         begun = time.perf_counter()

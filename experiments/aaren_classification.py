@@ -2,10 +2,10 @@
 
 The paper's comparison on one of its data sets: both models of equal width and depth, with a learning rate chosen for
 each by the same search on validation data, then trained on all training data with several seeds and tested at the end
-(the test accuracies along the way, in TensorBoard, choose nothing). The
-trained models are then fed one token at a time, and the size of their state and the time are measured. The paper's
-claim: Aaren performs comparably to Transformers, and streams in constant memory and linear time. (Its accuracies were
-not available to us, so none are shown.)
+(the test accuracies along the way, in TensorBoard, choose nothing). The trained models are then fed one token at a
+time, and the size of their state and the time are measured. The paper's claim: Aaren performs comparably to
+Transformers, and streams in constant memory and linear time. (Its accuracies were not available to us, so none are
+shown.)
 """
 
 import dataclasses
@@ -88,7 +88,6 @@ class Config:
         if self.stream_tokens % self.stream_block or self.stream_tokens < 2 * self.stream_block:
             raise ValueError(f"stream_tokens: expected two or more whole blocks of {self.stream_block} tokens")
         zoo.AarenConfig(self.width, self.layers, self.heads, self.hidden, dropout=self.dropout)  # refuses misfits
-        check_available(self.dataset, self.source_folder)
 
 
 PRESETS: dict[str, Config] = {
@@ -99,6 +98,11 @@ PRESETS: dict[str, Config] = {
     # Sizes and schedule of the base code (Time-Series-Library), not confirmed as the paper's.
     "paper": Config(width=128, layers=3, heads=8, hidden=256, steps=1700, tuning_steps=1700, tuning_seeds=5),
 }
+
+
+def check(config: Config) -> None:
+    """Raise `ValueError` or `FileNotFoundError` for a data set that is not here."""
+    check_available(config.dataset, config.source_folder)
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
