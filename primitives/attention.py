@@ -117,7 +117,7 @@ def causal_attention(
     if segment_ids is not None:
         k, v = (contract.mask_padding(x, segment_ids >= 0) for x in (k, v))  # no weight times NaN is NaN
     fresh = state is None
-    state = _fresh_state(k, v) if fresh else state
+    state = _fresh_state(k, v, segment_ids) if fresh else state
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     first, slot, counters = _take_slots(segment_ids, state, q.shape[1])
     _check_room(counters.index, state)
@@ -133,21 +133,19 @@ def causal_attention(
     return jnp.where((slot < capacity)[..., None, None], outputs, jnp.nan).astype(v.dtype), state
 
 
-def _fresh_state(k, v):
-    counter = contract.fresh_like(k[:, 0, 0, 0], 0, jnp.int32)
+def _fresh_state(k, v, segment_ids):
+    counter = contract.fresh_counter(segment_ids, k.shape[0])
     return AttentionState(contract.fresh_like(k, 0), contract.fresh_like(v, 0), counter, counter, counter)
 
 
 def _take_slots(segment_ids, state, time):
     """The interval of slots ``[first, slot]`` that each token sees, and the counters after the last token."""
-    valid, reset, segment = contract.segments(segment_ids, state.segment)
-    if valid is None:
-        slot = state.index[:, None] + jnp.arange(time, dtype=state.index.dtype)
-        return state.start[:, None], slot, state._replace(index=slot[:, -1] + 1)
-    slot = state.index[:, None] + jnp.cumsum(valid, axis=1, dtype=state.index.dtype) - 1
-    first = lax.cummax(jnp.where(reset, slot, state.start[:, None]), axis=1)
-    counters = state._replace(start=first[:, -1], index=slot[:, -1] + 1, segment=segment)
-    return first, jnp.where(valid, slot, -1 - jnp.arange(time, dtype=slot.dtype)), counters
+    segments = contract.segments(segment_ids, state.segment)
+    slot, first = contract.count_tokens(segments, state.index, state.start, time)
+    counters = state._replace(start=first[:, -1], index=slot[:, -1] + 1, segment=segments.last)
+    if segments.valid is not None:
+        slot = jnp.where(segments.valid, slot, -1 - jnp.arange(time, dtype=slot.dtype))
+    return first, slot, counters
 
 
 def _check_room(index, state):
@@ -183,7 +181,6 @@ def _sequential(q, k, v, state, segment_ids, scale):
 
 def _chunked(q, k, v, first, slot, key_slots, scale):
     """Blocks of queries, recomputed in the backward pass: of the logits only one block exists at a time."""
-    first = jnp.broadcast_to(first, slot.shape)
     dtype = contract.accumulation_dtype(q, k, v)
     k, v, out = k.astype(dtype), v.astype(dtype), v.dtype  # here, so that gradients are summed up in this precision
     padded = (contract.pad_time(x, CHUNK, fill) for x, fill in ((q, 0), (first, 0), (slot, -1)))

@@ -91,8 +91,8 @@ def fresh_like(array: Shaped[Array, "..."], fill: float, dtype: DTypeLike | None
     return jnp.where(jnp.zeros_like(array, bool), array, jnp.asarray(fill, array.dtype))
 
 
-def fresh_segment(segment_ids: Int[Array, "batch time"] | None, batch: int) -> Int[Array, " batch"]:
-    """The segment of a fresh state: document 0, which an empty state continues as well as any other."""
+def fresh_counter(segment_ids: Int[Array, "batch time"] | None, batch: int) -> Int[Array, " batch"]:
+    """A zero per row, sharded as rows are: a position, or the segment of a state that is empty and so continues any."""
     return jnp.zeros(batch, jnp.int32) if segment_ids is None else fresh_like(segment_ids[:, 0], 0, jnp.int32)
 
 
@@ -120,6 +120,21 @@ def segments(segment_ids: Int[Array, "batch time"] | None, carried: Int[Array, "
     position = lax.cummax(jnp.where(ids >= 0, jnp.arange(ids.shape[1]), 0), axis=1)
     latest = jax.vmap(lambda ids, position: ids[position])(ids, position)
     return Segments(valid, valid & (segment_ids != latest[:, :-1]), latest[:, -1])
+
+
+def count_tokens(
+    segments: Segments, index: Int[Array, " batch"], start: Int[Array, " batch"], time: int
+) -> tuple[Int[Array, "batch time"], Int[Array, "batch time"]]:
+    """The number of every token in its row, from `index` on, and that of the first token of its document.
+
+    Padding takes no number: it repeats that of the token before it. `start` is that of the carried document.
+    """
+    valid, reset, _ = segments
+    if valid is None:
+        number = index[:, None] + jnp.arange(time, dtype=index.dtype)
+        return number, jnp.broadcast_to(start[:, None], number.shape)
+    number = index[:, None] + jnp.cumsum(valid, axis=1, dtype=index.dtype) - 1
+    return number, lax.cummax(jnp.where(reset, number, start[:, None]), axis=1)
 
 
 def mask_padding(outputs: Shaped[Array, "batch time *rest"], valid: Bool[Array, "batch time"] | None):

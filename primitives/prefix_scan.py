@@ -93,7 +93,7 @@ def prefix_scan_attention(
     valid, reset, last = contract.segments(segment_ids, state.segment)
     s = logits.astype(dtype) if valid is None else jnp.where(valid[..., None], logits.astype(dtype), -jnp.inf)
     values = contract.mask_padding(values, valid)  # no weight times NaN is NaN
-    carry = (state.max.astype(dtype), state.denominator.astype(dtype), state.numerator.astype(dtype))
+    carry = tuple(x.astype(dtype) for x in state[:3])
 
     if logits.shape[1] == 1:
         scan = _step
@@ -115,7 +115,7 @@ def _fresh_state(logits, values, segment_ids, dtype):
         contract.fresh_like(s, -jnp.inf, dtype),
         contract.fresh_like(s, 0, dtype),
         contract.fresh_like(v, 0, dtype),
-        contract.fresh_segment(segment_ids, logits.shape[0]),
+        contract.fresh_counter(segment_ids, logits.shape[0]),
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from primitives import contract
@@ -105,18 +104,15 @@ def count_positions(
     segment_ids: Int[Array, "batch time"] | None, state: PositionState, time: int
 ) -> tuple[Int[Array, "batch time"], PositionState]:
     """The position of every token in its document, counted over real tokens (that of padding means nothing)."""
-    valid, reset, segment = contract.segments(segment_ids, state.segment)
-    if valid is None:
-        index = state.position[:, None] + jnp.arange(time, dtype=state.position.dtype)
-        return index, state._replace(position=index[:, -1] + 1)
-    index = state.position[:, None] + jnp.cumsum(valid, axis=1, dtype=state.position.dtype) - 1
-    start = lax.cummax(jnp.where(reset, index, 0), axis=1)
-    return index - start, PositionState(index[:, -1] + 1 - start[:, -1], segment)
+    segments = contract.segments(segment_ids, state.segment)
+    number, first = contract.count_tokens(segments, state.position, jnp.zeros_like(state.position), time)
+    positions = number - first
+    return positions, PositionState(positions[:, -1] + 1, segments.last)
 
 
-def fresh_positions(x: Float[Array, "batch time width"]) -> PositionState:
+def fresh_positions(segment_ids: Int[Array, "batch time"] | None, batch: int) -> PositionState:
     """Every row at the start of a document."""
-    zero = contract.fresh_like(x[:, 0, 0], 0, jnp.int32)
+    zero = contract.fresh_counter(segment_ids, batch)
     return PositionState(zero, zero)
 
 
@@ -141,7 +137,7 @@ class Positions(nnx.Module):
         """Tokens with their positions, and a `PositionState`."""
         if self.table is not None and x.shape[1] > self.max_length:
             raise ValueError(f"x: expected at most {self.max_length} tokens (max_length), got {x.shape[1]}")
-        state = fresh_positions(x) if state is None else state
+        state = fresh_positions(segment_ids, x.shape[0]) if state is None else state
         positions, state = count_positions(segment_ids, state, x.shape[1])
         if self.table is None:
             phase = angles(positions, self.width, contract.accumulation_dtype(x))

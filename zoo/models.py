@@ -49,7 +49,7 @@ def pool(
     dtype = contract.accumulation_dtype(x)
     if state is None:
         total = contract.fresh_like(x[:, 0], 0, dtype)
-        state = PoolState(total, total[:, 0], total[:, 0].astype(jnp.int32))
+        state = PoolState(total, total[:, 0], contract.fresh_counter(segment_ids, x.shape[0]))
     valid, reset, segment = contract.segments(segment_ids, state.segment)
     if valid is None:
         valid, reset = jnp.ones(x.shape[:2], bool), jnp.zeros(x.shape[:2], bool)

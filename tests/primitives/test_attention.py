@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from primitives import attention, causal_attention, grow_attention_state, init_attention_state
+from primitives import AttentionState, attention, causal_attention, grow_attention_state, init_attention_state
 
 IMPLEMENTATIONS = (None, *attention.IMPLEMENTATIONS)
 jitted = jax.jit(causal_attention)
@@ -192,3 +192,19 @@ def test_refusals():
         causal_attention(q, k, v, state=empty(8, dim=5))
     with pytest.raises(TypeError, match="state: expected None or AttentionState"):
         causal_attention(q, k, v, state=tuple(empty(8)))
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_fresh_start_inside_a_shard_map(implementation, packed):
+    """The counters of a state that is made inside vary over rows alone, though keys vary over heads too."""
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows, cache = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec("batch", None, "heads")
+    x, ids = jax.random.normal(jax.random.key(0), (4, 6, 4, 8)), jnp.arange(6)[None].repeat(4, 0) // 4
+
+    def call(x, ids):
+        return causal_attention(x, x, x, segment_ids=ids if packed else None, implementation=implementation)
+
+    out_specs = (cache, AttentionState(cache, cache, rows, rows, rows))
+    sharded = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(cache, rows), out_specs=out_specs))(x, ids)
+    chex.assert_trees_all_close(sharded, call(x, ids), rtol=1e-5, atol=1e-6)

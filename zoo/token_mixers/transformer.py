@@ -43,7 +43,9 @@ class SelfAttention(nnx.Module):
         heads = self.query_key_value(x).reshape(*x.shape[:2], self.heads + 2 * self.kv_heads, -1)
         q, k, v = jnp.split(heads, (self.heads, self.heads + self.kv_heads), axis=2)
         if self.rotary:
-            before = fresh_positions(x) if state is None else PositionState(state.index - state.start, state.segment)
+            before = fresh_positions(segment_ids, x.shape[0])
+            if state is not None:
+                before = PositionState(state.index - state.start, state.segment)
             positions, _ = count_positions(segment_ids, before, x.shape[1])
             q, k = rotate(q, positions), rotate(k, positions)
         outputs, state = causal_attention(q, k, v, state=state, segment_ids=segment_ids)
