@@ -126,13 +126,18 @@ class Result(NamedTuple):
 
 @functools.cache
 def _program(mixer: Mixer, variant: Callable, implementation: str | None):
-    """A jitted ``(inputs, state, segment_ids, key) -> Result`` of one way to call a mixer."""
-
+    """A jitted ``(inputs, state, segment_ids) -> Result`` of one way to call a mixer."""
     function = functools.partial(mixer.function, implementation=implementation)
 
     def call(inputs, state, segment_ids):
         outputs, final = variant(mixer, function, inputs, state, segment_ids)
         return outputs, final if mixer.initial_state is None else _continue(mixer, final, outputs.dtype)
+
+    return jax.jit(_differentiated(call))
+
+
+def _differentiated(call):
+    """``(inputs, state, segment_ids) -> (outputs, state)`` with the gradients: the same arguments to a `Result`."""
 
     def evaluate(inputs, state, segment_ids):
         def loss(inputs, state):
@@ -143,7 +148,7 @@ def _program(mixer: Mixer, variant: Callable, implementation: str | None):
         (_, (outputs, final)), (gradients, state_gradients) = gradient(inputs, state)
         return Result(outputs, final, gradients, _floating(state_gradients))
 
-    return jax.jit(evaluate)
+    return evaluate
 
 
 @functools.cache
@@ -262,6 +267,10 @@ def assert_close(
         assert rms <= bound, f"{where}: root mean square {rms:.2e} > {bound:.2e}"
 
 
+# Gradients are sums that cancel: their errors count relative to the whole of an array.
+_assert_sums_close = functools.partial(assert_close, floor=1, unit=0.2)
+
+
 def assert_same(mixer: Mixer, actual: Result, expected: Result, dtype: str, what: str, unit: float = 0.2) -> None:
     """Assert that two results agree: outputs and gradients as closely as their dtype, states as float32 or wider.
 
@@ -270,9 +279,9 @@ def assert_same(mixer: Mixer, actual: Result, expected: Result, dtype: str, what
     state_dtype = dtype if mixer.initial_state or dtype == "float64" else "float32"  # a cache stands for outputs
     assert_close(actual.outputs, expected.outputs, dtype, f"{what}: outputs", share=0.2)
     assert_close(actual.state, expected.state, state_dtype, f"{what}: state")
-    assert_close(actual.gradients, expected.gradients, dtype, f"{what}: gradient", floor=1, unit=unit)
-    assert_close(
-        actual.state_gradients, expected.state_gradients, dtype, f"{what}: gradient of the state", floor=1, unit=unit
+    _assert_sums_close(actual.gradients, expected.gradients, dtype, f"{what}: gradient", unit=unit)
+    _assert_sums_close(
+        actual.state_gradients, expected.state_gradients, dtype, f"{what}: gradient of the state", unit=unit
     )
 
 
@@ -327,7 +336,11 @@ def _split(cuts):
 
 def _time(mixer, inputs, function):
     """Apply a function to the inputs that have a time axis; the others are parameters."""
-    return {name: function(x) if "time" in mixer.axes[name].split() else x for name, x in inputs.items()}
+    return inputs | {name: function(inputs[name]) for name in _timed(mixer)}
+
+
+def _timed(mixer):
+    return [name for name, axes in mixer.axes.items() if "time" in axes.split()]
 
 
 def check_steps(mixer: Mixer, case: Case) -> None:
@@ -348,7 +361,7 @@ def _steps(mixer, function, inputs, state, segment_ids):
         outputs, state = function(**_time(mixer, inputs, at), state=state, segment_ids=ids)
         return state, outputs[:, 0]
 
-    time = next(x.shape[1] for name, x in inputs.items() if "time" in mixer.axes[name].split())
+    time = inputs[_timed(mixer)[0]].shape[1]
     state, first = step(state, 0)
     state, rest = jax.lax.scan(step, state, jnp.arange(1, time))
     return jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1), state
@@ -359,11 +372,8 @@ def check_causality(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
     inputs, other = (inputs_for(mixer, case.time, case.dtype, seed) for seed in (0, 1))
     outputs = evaluate(mixer, case, inputs).outputs
     for cut in cuts:
-        changed = {
-            name: np.concatenate([x[:, :cut], other[name][:, cut:]], axis=1)
-            if "time" in mixer.axes[name].split()
-            else x
-            for name, x in inputs.items()
+        changed = inputs | {
+            name: np.concatenate([inputs[name][:, :cut], other[name][:, cut:]], axis=1) for name in _timed(mixer)
         }
         past = evaluate(mixer, case, changed).outputs[:, :cut]
         assert np.array_equal(past, outputs[:, :cut]), f"outputs before {cut} depend on what comes after"
@@ -478,7 +488,7 @@ def check_layers(mixer: Mixer, implementation: str | None) -> None:
 
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
         results = [jax.jit(jax.value_and_grad(f))(stacked) for f in (scanned, plain)]
-        assert_close(*results, "float32", "layers", floor=1, unit=0.2)
+        _assert_sums_close(*results, "float32", "layers")
 
 
 def check_export(mixer: Mixer, implementation: str | None) -> None:
@@ -486,9 +496,7 @@ def check_export(mixer: Mixer, implementation: str | None) -> None:
     inputs = _cast(inputs_for(mixer, 70, "float32"), "float32")
     state = carried_state_for(mixer, "float32", 78)
     ids = jnp.asarray(segment_ids_for("packed", 70))
-    function = jax.jit(
-        functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation))
-    )
+    function = _forward(mixer, implementation)
     platform = "tpu" if implementation == "pallas" else "cpu"
     exported = jax.export.export(function, platforms=[platform])(inputs, state, ids)
     exported = jax.export.deserialize(exported.serialize(vjp_order=1))
@@ -499,9 +507,7 @@ def check_export(mixer: Mixer, implementation: str | None) -> None:
             lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0), results
         )
         gradients = exported.vjp().call(*jax.tree.leaves((inputs, state, ids)), *jax.tree.leaves(cotangents))
-        assert_close(
-            _floating(gradients), _floating(pull(cotangents)), "float32", "export: gradient", floor=1, unit=0.2
-        )
+        _assert_sums_close(_floating(gradients), _floating(pull(cotangents)), "float32", "export: gradient")
 
 
 def check_shard_map(mixer: Mixer, implementation: str | None, carried: bool) -> None:
@@ -519,15 +525,12 @@ def check_explicit_mesh(mixer: Mixer, implementation: str | None, carried: bool)
 
 
 def _check_sharded(mixer, implementation, carried, axis_type, wrap):
-    names = {axis for axes in mixer.axes.values() for axis in axes.split()}
-    heads = {axis for axis in names if axis.endswith("heads")}
-    sizes = dict.fromkeys(heads, 4) | {"batch": 4}
+    heads = {axis for axes in mixer.axes.values() for axis in axes.split() if axis.endswith("heads")}
+    sizes, mesh_axes = dict.fromkeys({"batch", *heads}, 4), dict.fromkeys(heads, "heads") | {"batch": "batch"}
     mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("batch", "heads"), axis_types=(axis_type,) * 2)
 
     def spec(axes):
-        return PartitionSpec(
-            *("heads" if axis in heads else "batch" * (axis == "batch") or None for axis in axes.split())
-        )
+        return PartitionSpec(*map(mesh_axes.get, axes.split()))
 
     inputs, before = (_cast(inputs_for(mixer, t, "float32", **sizes), "float32") for t in (70, 5))
     ids = jnp.asarray(segment_ids_for("packed", 70, batch=4))
@@ -535,28 +538,18 @@ def _check_sharded(mixer, implementation, carried, axis_type, wrap):
     if carried:
         state = _forward(mixer, "sequential")(before, state, None)[1]
     state_specs = type(state or mixer.function(**before)[1])(*map(spec, mixer.state_axes))
-    in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, spec("batch"), state and state_specs)
+    in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, state and state_specs, spec("batch"))
     out_specs = (spec("batch time heads" if heads else "batch"), state_specs)
 
-    def program(inputs, ids, state):
-        return mixer.function(**inputs, state=state, segment_ids=ids, implementation=implementation)
-
-    def evaluate(program, inputs, ids, state):
-        def loss(inputs, state):
-            results = program(inputs, ids, state)
-            return _linear(results), results
-
-        (_, results), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True, allow_int=True)(inputs, state)
-        return results, _floating(gradients)
-
+    program = functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation))
     with _kernels(implementation):
-        alone = jax.jit(functools.partial(evaluate, program))(inputs, ids, state)
+        alone = jax.jit(_differentiated(program))(inputs, state, ids)
         with jax.set_mesh(mesh):
             placed = jax.tree.map(
-                lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (inputs, ids, state), in_specs
+                lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (inputs, state, ids), in_specs
             )
-            sharded = jax.jit(functools.partial(evaluate, wrap(program, mesh, in_specs, out_specs)))(*placed)
-        assert_close(sharded, alone, "float32", "sharded", floor=1, unit=0.2)
+            sharded = jax.jit(_differentiated(wrap(program, mesh, in_specs, out_specs)))(*placed)
+        _assert_sums_close(sharded, alone, "float32", "sharded")
 
 
 def check_x64(mixer: Mixer, implementation: str | None) -> None:
@@ -566,10 +559,10 @@ def check_x64(mixer: Mixer, implementation: str | None) -> None:
     for x64 in (False, True):
         with jax.enable_x64(x64), _kernels(implementation):
             state = carried_state_for(mixer, "float32", 78)
-            results.append(jax.jit(lambda *x: _program(mixer, _whole, implementation)(*x))(inputs, state, None))
+            results.append(_program(mixer, _whole, implementation)(inputs, state, None))
     for leaf, other in zip(*map(jax.tree.leaves, results), strict=True):
         assert leaf.dtype == other.dtype, f"x64 changes a dtype from {leaf.dtype} to {other.dtype}"
-    assert_close(*results, "float32", "x64", floor=1, unit=0.2)
+    _assert_sums_close(*results, "float32", "x64")
 
 
 def check_forward_mode(mixer: Mixer, implementation: str) -> None:
@@ -619,10 +612,9 @@ def check_refusals(mixer: Mixer) -> None:
         refuses(ValueError, name, **{name: array[..., None]})
         refuses(TypeError, name, **{name: array.astype(jnp.int32)})
         refuses(TypeError, name, **{name: "array"})
-        if "time" in mixer.axes[name].split():
-            refuses(ValueError, "time", **_time(mixer, good, lambda x: x[:, :0]))
-            if sum("time" in axes.split() for axes in mixer.axes.values()) > 1:
-                refuses(ValueError, "time", **{name: array[:, :3]})
+        if name in _timed(mixer) and len(_timed(mixer)) > 1:
+            refuses(ValueError, "time", **{name: array[:, :3]})
+    refuses(ValueError, "time", **_time(mixer, good, lambda x: x[:, :0]))
     ids = jnp.zeros((SIZES["batch"], 4), jnp.int32)
     refuses(TypeError, "segment_ids", segment_ids=ids.astype(jnp.float32))
     refuses(ValueError, "segment_ids", segment_ids=ids[:, :3])
