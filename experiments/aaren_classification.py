@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import nnx
@@ -30,12 +29,11 @@ from experiments.data import (
     standardise,
     stratified_split,
 )
+from experiments.figures import figure
+from experiments.measure import growth_exponent
 from experiments.results import summary, table
-from experiments.streaming import Stream, growth_exponent, stream
-from experiments.trainer import TrainConfig, fit
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from experiments.streaming import Stream, stream
+from experiments.trainer import fit, schedule
 
 MODELS = {"aaren": "Aaren", "transformer": "Transformer"}
 
@@ -194,15 +192,9 @@ def _train(name, config, train, held_out, steps, seeds, rates, folder):
         return jax.tree.map(lambda *x: sum(x) / len(held_out), *sums)
 
     held_out_batches = list(evaluation_batches(held_out, min(len(held_out), 256)))
-    schedule = TrainConfig(
-        steps=steps,
-        warmup_steps=steps // 20,
-        weight_decay=config.weight_decay,
-        evaluate_every=max(1, steps // 10),
-        checkpoint_every=max(1, steps // 10),
-    )
     fitted = fit(
-        create, loss, batches(train, config.batch_size, seed=seeds).__getitem__, schedule, folder,
+        create, loss, batches(train, config.batch_size, seed=seeds).__getitem__,
+        schedule(steps, weight_decay=config.weight_decay), folder,
         seeds=seeds, learning_rates=rates, evaluate=evaluate, label=f"{MODELS[name]}, {folder.name}",
     )  # fmt: skip
     last = {name: fitted.history[-1][f"evaluate/{name}"] for name in ("loss", "accuracy")}
@@ -236,29 +228,25 @@ def comparison(results: dict[str, Any]) -> str:
 
 
 def _draw_accuracy(accuracies, config, folder):
-    figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
-    for place, accuracy in enumerate(accuracies.values()):
-        axis.errorbar(place, accuracy["mean"], accuracy["std"], fmt="_", ms=30, mew=2, capsize=6, color=f"C{place}")
-        spread = np.linspace(-0.15, 0.15, len(accuracy["values"]))
-        axis.plot(place + spread, accuracy["values"], "o", ms=5, alpha=0.6, color=f"C{place}")
-    axis.set(xticks=range(len(accuracies)), xticklabels=accuracies, xlim=(-0.6, len(accuracies) - 0.4))
-    axis.set(ylabel="test accuracy", title=f"{config.dataset}: {config.seeds} seeds, mean ± std")
-    axis.grid(axis="y", alpha=0.3)
-    figure.savefig(folder / "accuracy.png", dpi=150)
-    plt.close(figure)
+    with figure(folder / "accuracy.png", width=4.5, height=3.2) as (axis,):
+        for place, accuracy in enumerate(accuracies.values()):
+            axis.errorbar(place, accuracy["mean"], accuracy["std"], fmt="_", ms=30, mew=2, capsize=6, color=f"C{place}")
+            spread = np.linspace(-0.15, 0.15, len(accuracy["values"]))
+            axis.plot(place + spread, accuracy["values"], "o", ms=5, alpha=0.6, color=f"C{place}")
+        axis.set(xticks=range(len(accuracies)), xticklabels=accuracies, xlim=(-0.6, len(accuracies) - 0.4))
+        axis.set(ylabel="test accuracy", title=f"{config.dataset}: {config.seeds} seeds, mean ± std")
+        axis.grid(axis="y", alpha=0.3)
 
 
 def _draw_streams(streams, folder):
-    figure, (memory, seconds) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for color, (name, measured) in enumerate(streams.items()):
-        memory.plot(measured.tokens, measured.used_bytes, color=f"C{color}", label=name)
-        memory.plot(measured.tokens, measured.allocated_bytes, "--", color=f"C{color}", alpha=0.6)
-        seconds.plot(measured.tokens, measured.seconds, color=f"C{color}", label=name)
-    memory.plot([], [], "--", color="gray", alpha=0.6, label="allocated")
-    memory.set(yscale="log", xlabel="tokens", ylabel="bytes", title="Memory of the state")
-    seconds.set(xlabel="tokens", ylabel="seconds", title="Cumulative time, one token at a time")
-    for axis in (memory, seconds):
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(folder / "streaming.png", dpi=150)
-    plt.close(figure)
+    with figure(folder / "streaming.png", width=9, height=3.2, panels=2) as (memory, seconds):
+        for color, (name, measured) in enumerate(streams.items()):
+            memory.plot(measured.tokens, measured.used_bytes, color=f"C{color}", label=name)
+            memory.plot(measured.tokens, measured.allocated_bytes, "--", color=f"C{color}", alpha=0.6)
+            seconds.plot(measured.tokens, measured.seconds, color=f"C{color}", label=name)
+        memory.plot([], [], "--", color="gray", alpha=0.6, label="allocated")
+        memory.set(yscale="log", xlabel="tokens", ylabel="bytes", title="Memory of the state")
+        seconds.set(xlabel="tokens", ylabel="seconds", title="Cumulative time, one token at a time")
+        for axis in (memory, seconds):
+            axis.grid(alpha=0.3)
+            axis.legend()

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import nnx
@@ -21,11 +20,9 @@ from flax import nnx
 import zoo
 from experiments import check_positive
 from experiments.data import associative_recall, recall_batches
+from experiments.figures import figure
 from experiments.results import summary, table
-from experiments.trainer import TrainConfig, fit
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from experiments.trainer import fit, schedule
 
 MODELS = {"aaren": "Aaren", "transformer": "Transformer"}
 
@@ -131,15 +128,9 @@ def _train(name, config, sizes, test, folder):
     def evaluate(models):
         return {"accuracy": jax.vmap(judge, in_axes=(0, None))(models, test)[1]}
 
-    schedule = TrainConfig(
-        steps=config.steps,
-        warmup_steps=config.steps // 20,
-        evaluate_every=max(1, config.steps // 10),
-        checkpoint_every=max(1, config.steps // 10),
-    )
     fitted = fit(
-        create, loss, recall_batches(config.batch_size, seed=seeds, **sizes).__getitem__, schedule, folder,
-        seeds=seeds, learning_rates=rates, evaluate=evaluate, label=MODELS[name],
+        create, loss, recall_batches(config.batch_size, seed=seeds, **sizes).__getitem__, schedule(config.steps),
+        folder, seeds=seeds, learning_rates=rates, evaluate=evaluate, label=MODELS[name],
     )  # fmt: skip
     accuracy = np.reshape(fitted.history[-1]["evaluate/accuracy"], (-1, config.seeds))
     best = int(np.argmax(accuracy.mean(axis=1)))
@@ -148,18 +139,15 @@ def _train(name, config, sizes, test, folder):
 
 
 def _draw(results, references, folder):
-    figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-    for color, (name, (_, training)) in enumerate(results.items()):
-        history = training["history"]
-        steps = [row["step"] for row in history]
-        for member, curve in enumerate(zip(*(row["evaluate/accuracy"] for row in history), strict=True)):
-            axis.plot(steps, curve, color=f"C{color}", alpha=0.7, label=None if member else MODELS[name])
-    for style, (name, accuracy) in zip(("--", ":"), references.items(), strict=True):
-        axis.axhline(accuracy, color="gray", ls=style, lw=1, label=name)
-    axis.set(
-        xlabel="step", ylabel="accuracy of recall", ylim=(0, 1.02), title="Associative recall, every seed and rate"
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center right")
-    figure.savefig(folder / "recall.png", dpi=150)
-    plt.close(figure)
+    with figure(folder / "recall.png", width=5.5, height=3.4) as (axis,):
+        for color, (name, (_, training)) in enumerate(results.items()):
+            history = training["history"]
+            steps = [row["step"] for row in history]
+            for member, curve in enumerate(zip(*(row["evaluate/accuracy"] for row in history), strict=True)):
+                axis.plot(steps, curve, color=f"C{color}", alpha=0.7, label=None if member else MODELS[name])
+        for style, (name, accuracy) in zip(("--", ":"), references.items(), strict=True):
+            axis.axhline(accuracy, color="gray", ls=style, lw=1, label=name)
+        axis.set(xlabel="step", ylabel="accuracy of recall", ylim=(0, 1.02))
+        axis.set_title("Associative recall, every seed and rate")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="center right")

@@ -7,24 +7,21 @@ machine. With --write-table the platform's fastest implementation goes into the 
 
 import dataclasses
 import functools
-import time
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jax import lax
 
 from experiments import check_positive
+from experiments.figures import figure
+from experiments.measure import fastest_call, growth_exponent, with_gradients
 from experiments.results import environment, table, write_json
-from experiments.streaming import growth_exponent
 from primitives import dispatch, prefix_scan, prefix_scan_attention
 from primitives.testing import row_errors
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,41 +100,29 @@ def _inputs(batch, length, config, scale=1.0, dtype=jnp.float32):
     return logits.astype(dtype), jax.random.normal(keys[1], (batch, length, config.heads, config.dim), dtype)
 
 
-def _with_gradients(form):
-    """Outputs, and gradients of both inputs for the outputs themselves as cotangents."""
-
-    def call(logits, values):
-        outputs, pull = jax.vjp(form, logits, values)
-        return outputs, pull(outputs)
-
-    return call
+def _compiled(function, inputs):
+    return jax.jit(function).lower(*inputs).compile()
 
 
-def _seconds(function, inputs, repeats):
-    """The fastest call, compiled before."""
-    compiled = jax.jit(function).lower(*inputs).compile()
+def _seconds(compiled, inputs, repeats):
+    """The fastest call, after one that does not count."""
     jax.block_until_ready(compiled(*inputs))
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready(compiled(*inputs))
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+    return fastest_call(compiled, *inputs, repeats=repeats)[0]
 
 
 def _time(config):
     """Ratios to a copy of the values."""
     inputs = _inputs(config.batch, config.time, config)
-    expected = jax.jit(_with_gradients(_plain_associative))(*inputs)
-    copy = _seconds(_copy, inputs, config.repeats)
+    expected = jax.tree.leaves(_compiled(with_gradients(_plain_associative), inputs)(*inputs))
+    copy = _seconds(_compiled(_copy, inputs), inputs, config.repeats)
     rows = []
     for name, form in _forms().items():
-        for leaf, reference in zip(
-            *map(jax.tree.leaves, (jax.jit(_with_gradients(form))(*inputs), expected)), strict=True
-        ):
+        forward, both = _compiled(form, inputs), _compiled(with_gradients(form), inputs)
+        for leaf, reference in zip(jax.tree.leaves(both(*inputs)), expected, strict=True):
             np.testing.assert_allclose(leaf, reference, rtol=1e-3, atol=1e-4)
-        forward, both = (_seconds(f, inputs, config.repeats) / copy for f in (form, _with_gradients(form)))
-        rows.append({"implementation": name, "forward / copy": forward, "forward + backward / copy": both})
+        ratios = (_seconds(compiled, inputs, config.repeats) / copy for compiled in (forward, both))
+        names = ("forward / copy", "forward + backward / copy")
+        rows.append({"implementation": name} | dict(zip(names, ratios, strict=True)))
     shape = f"batch {config.batch}, time {config.time}, heads {config.heads}, dim {config.dim}"
     print(f"{shape}, float32 on {jax.default_backend()}; a copy of the values takes {1e3 * copy:.1f} ms\n")
     print(table(rows))
@@ -147,13 +132,13 @@ def _time(config):
 def _growth(config):
     """Seconds against time, those of a copy too: what fits a cache is faster than what does not."""
     form = functools.partial(_outputs, implementation=None)
-    functions = {"copy": _copy, "forward": form, "forward + backward": _with_gradients(form)}
+    functions = {"copy": _copy, "forward": form, "forward + backward": with_gradients(form)}
     seconds = {name: [] for name in functions}
     for length in config.growth:
         inputs = _inputs(config.batch, length, config)
         for name, function in functions.items():
-            seconds[name].append(_seconds(function, inputs, config.repeats))
-    exponents = {name: growth_exponent(config.growth, values, first=0) for name, values in seconds.items()}
+            seconds[name].append(_seconds(_compiled(function, inputs), inputs, config.repeats))
+    exponents = {name: growth_exponent(config.growth, values) for name, values in seconds.items()}
     print(f"\nTime grows from {config.growth[0]:,} to {config.growth[-1]:,} tokens with the exponent:\n")
     print(table([exponents]))
     return {"tokens": config.growth, "seconds": seconds, "exponents": exponents}
@@ -164,7 +149,7 @@ def _memory(config):
     inputs = _inputs(1, config.memory_time, config)
     rows = []
     for name, form in _forms().items():
-        analysis = jax.jit(_with_gradients(form)).lower(*inputs).compile().memory_analysis()
+        analysis = _compiled(with_gradients(form), inputs).memory_analysis()
         rows.append(
             {"implementation": name, "temporaries / bytes of values": analysis.temp_size_in_bytes / inputs[1].nbytes}
         )
@@ -199,18 +184,16 @@ def _write_table(rows):
     fastest = min(rows, key=lambda row: row["forward + backward / copy"])["implementation"]
     machine = environment()["machine"]["cpu"] if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     basis = f"measured by python -m experiments benchmark_prefix_scan --write-table on {machine}, jax {jax.__version__}"
-    content = dispatch.read_table()
+    content = json.loads(dispatch.TABLE.read_text())
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     content["prefix_scan_attention"][platform] = {"implementation": fastest, "basis": basis}
     write_json(dispatch.TABLE, content)
 
 
 def _draw(growth, folder):
-    figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
-    for name, seconds in growth["seconds"].items():
-        axis.loglog(growth["tokens"], seconds, "o-", label=f"{name}, exponent {growth['exponents'][name]:.2f}")
-    axis.set(xlabel="tokens", ylabel="seconds", title="prefix_scan_attention")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    figure.savefig(folder / "growth.png", dpi=150)
-    plt.close(figure)
+    with figure(folder / "growth.png", width=4.5, height=3.4) as (axis,):
+        for name, seconds in growth["seconds"].items():
+            axis.loglog(growth["tokens"], seconds, "o-", label=f"{name}, exponent {growth['exponents'][name]:.2f}")
+        axis.set(xlabel="tokens", ylabel="seconds", title="prefix_scan_attention")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()

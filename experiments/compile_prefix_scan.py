@@ -9,6 +9,7 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 
 from experiments import check_positive
+from experiments.measure import with_gradients
 from experiments.results import table
 from primitives import prefix_scan_attention
 
@@ -55,33 +58,39 @@ PRESETS: dict[str, Config] = {"all": Config(), "smoke": Config(batch=1, time=256
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """Compile; the results as a dictionary."""
-    os.environ.update(LIBTPU)
     rows = [
         _compile(topology, dtype, name, function, config)
         for topology in config.topologies
         for dtype in (jnp.float32, jnp.bfloat16)
-        for name, function in (("forward", _outputs), ("forward + backward", _outputs_and_gradients))
+        for name, function in (("forward", _outputs), ("forward + backward", with_gradients(_outputs)))
     ]
     print(f"batch {config.batch}, time {config.time}, heads {config.heads}, dim {config.dim}\n")
     print(table(rows))
     return {"rows": rows}
 
 
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """The devices of a TPU topology by its name, ``v5e:2x2``: to compile for, not to run on."""
+    os.environ.update(LIBTPU)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def compile_for_tpu(topology: str, function: Callable, *types: PyTree) -> jax.stages.Compiled:
+    """Compile a function of arrays of the given types for one device of a TPU topology."""
+    sharding = SingleDeviceSharding(tpu_devices(topology)[0])
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), types)
+    return jax.jit(function).lower(*types).compile()
+
+
 def _outputs(logits, values):
     return prefix_scan_attention(logits, values)[0]
 
 
-def _outputs_and_gradients(logits, values):
-    outputs, pull = jax.vjp(_outputs, logits, values)
-    return outputs, pull(outputs)
-
-
 def _compile(topology, dtype, name, function, config):
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding, shape = SingleDeviceSharding(device), (config.batch, config.time, config.heads)
-    inputs = (jax.ShapeDtypeStruct((*shape, *rest), dtype, sharding=sharding) for rest in ((), (config.dim,)))
+    shape = config.batch, config.time, config.heads
+    types = (jax.ShapeDtypeStruct((*shape, *rest), dtype) for rest in ((), (config.dim,)))
     begun = time.perf_counter()
-    compiled = jax.jit(function).lower(*inputs).compile()
+    compiled = compile_for_tpu(topology, function, *types)
     seconds = time.perf_counter() - begun
     kernels = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     vmem = [

@@ -1,18 +1,17 @@
 """Feed a trained model one token at a time: what its state costs in bytes, and the tokens in time."""
 
-import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.measure import fastest_call
 from experiments.trainer import progress
 from zoo import grow_state, state_bytes
 
-__all__ = ["Stream", "growth_exponent", "stream"]
+__all__ = ["Stream", "stream"]
 
 
 class Stream(NamedTuple):
@@ -57,25 +56,12 @@ def stream(
             if index * block > capacity:
                 capacity *= 2
                 state = grow_state(state, capacity)
-            shapes = jax.tree.map(jnp.shape, state)
-            if (key := str(shapes)) not in compiled:
+            if (key := str(jax.tree.map(jnp.shape, state))) not in compiled:
                 compiled[key] = advance.lower(model, state, tokens).compile()
-            seconds = []
-            for _ in range(repeats):
-                begun = time.perf_counter()
-                after, _ = jax.block_until_ready(compiled[key](model, state, tokens))
-                seconds.append(time.perf_counter() - begun)
-            state = after
+            seconds, (state, _) = fastest_call(compiled[key], model, state, tokens, repeats=repeats)
             used, allocated = state_bytes(state)
-            total = min(seconds) + (result.seconds[-1] if result.seconds else 0.0)
+            total = seconds + (result.seconds[-1] if result.seconds else 0.0)
             for series, value in zip(result, (index * block, used, allocated, total), strict=True):
                 series.append(value)
             bar.update(block)
     return result
-
-
-def growth_exponent(tokens: list[int], values: list[float], *, first: int) -> float:
-    """The slope of log(values) over log(tokens) from `first` tokens on: 0 constant, 1 linear, 2 quadratic."""
-    tokens, values = np.asarray(tokens, float), np.asarray(values, float)
-    late = tokens >= first
-    return float(np.polyfit(np.log(tokens[late]), np.log(values[late]), deg=1)[0])

@@ -21,7 +21,7 @@ from experiments import ExperimentError
 from experiments.checkpoints import Checkpoints
 from experiments.events import drop_events, write_events
 
-__all__ = ["Fit", "TrainConfig", "fit", "progress"]
+__all__ = ["Fit", "TrainConfig", "fit", "progress", "schedule"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must be in [0, steps), got {self.warmup_steps} with steps={self.steps}")
+
+
+def schedule(steps: int, **options: Any) -> TrainConfig:
+    """A configuration that warms up over a twentieth of the steps, and evaluates and saves after every tenth."""
+    tenth = max(1, steps // 10)
+    return TrainConfig(steps=steps, warmup_steps=steps // 20, evaluate_every=tenth, checkpoint_every=tenth, **options)
 
 
 class State(NamedTuple):

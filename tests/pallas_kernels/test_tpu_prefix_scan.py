@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.compile_prefix_scan import TOPOLOGIES, tpu_devices
 from primitives import PrefixState, prefix_scan_attention
-
-GENERATIONS = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
 def example(batch, time, heads, dim, dtype="float32", packed=False):
@@ -146,7 +145,7 @@ def test_float32_with_x64_on():
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), [("pallas", "float32"), (None, "bfloat16")])
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_compiles(tpu_compile, generation, implementation, dtype):
     """One kernel each way; temporaries of at most three arrays like the values and 32 numbers per token and head."""
     shape = 2, 16384, 2, 64
@@ -159,7 +158,7 @@ def test_compiles(tpu_compile, generation, implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", ["pallas", None])
-def test_explicit_mesh_gathers_nothing(tpu_devices, implementation):
+def test_explicit_mesh_gathers_nothing(implementation):
     mesh = jax.make_mesh((8, 2), ("batch", "heads"), devices=tpu_devices("v5e:4x4"))
     inputs, ids = jax.eval_shape(functools.partial(example, 8, 256, 4, 64, packed=True))
     state = PrefixState(P("batch", "heads"), P("batch", "heads"), P("batch", "heads"), P("batch"))
