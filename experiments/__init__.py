@@ -13,7 +13,13 @@ from pallas_kernels import __version__
 
 __all__: list[str] = ["EXPERIMENTS", "ExperimentError", "__version__", "check_positive", "refuse_other_run", "writing"]
 
-EXPERIMENTS: tuple[str, ...] = ("aaren_classification", "aaren_recall", "benchmark_prefix_scan", "compile_prefix_scan")
+EXPERIMENTS: tuple[str, ...] = (
+    "aaren_classification",
+    "aaren_recall",
+    "benchmark_prefix_scan",
+    "benchmark_recurrences",
+    "compile_prefix_scan",
+)
 """The modules of this package that are experiments, in the order in which `list` shows them."""
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from experiments import check_positive
-from experiments.figures import figure
-from experiments.measure import fastest_call, growth_exponent, with_gradients
+from experiments.figures import draw_growth, figure
+from experiments.measure import compile_call, measure_growth, temporary_bytes, time_call, with_gradients
 from experiments.results import environment, table, write_json
 from primitives import dispatch, prefix_scan, prefix_scan_attention
 from primitives.testing import row_errors
@@ -100,27 +100,17 @@ def _inputs(batch, length, config, scale=1.0, dtype=jnp.float32):
     return logits.astype(dtype), jax.random.normal(keys[1], (batch, length, config.heads, config.dim), dtype)
 
 
-def _compiled(function, inputs):
-    return jax.jit(function).lower(*inputs).compile()
-
-
-def _seconds(compiled, inputs, repeats):
-    """The fastest call, after one that does not count."""
-    jax.block_until_ready(compiled(*inputs))
-    return fastest_call(compiled, *inputs, repeats=repeats)[0]
-
-
 def _time(config):
     """Ratios to a copy of the values."""
     inputs = _inputs(config.batch, config.time, config)
-    expected = jax.tree.leaves(_compiled(with_gradients(_plain_associative), inputs)(*inputs))
-    copy = _seconds(_compiled(_copy, inputs), inputs, config.repeats)
+    expected = jax.tree.leaves(compile_call(with_gradients(_plain_associative), inputs)(*inputs))
+    copy = time_call(compile_call(_copy, inputs), inputs, repeats=config.repeats)
     rows = []
     for name, form in _forms().items():
-        forward, both = _compiled(form, inputs), _compiled(with_gradients(form), inputs)
+        forward, both = compile_call(form, inputs), compile_call(with_gradients(form), inputs)
         for leaf, reference in zip(jax.tree.leaves(both(*inputs)), expected, strict=True):
             np.testing.assert_allclose(leaf, reference, rtol=1e-3, atol=1e-4)
-        ratios = (_seconds(compiled, inputs, config.repeats) / copy for compiled in (forward, both))
+        ratios = (time_call(compiled, inputs, repeats=config.repeats) / copy for compiled in (forward, both))
         names = ("forward / copy", "forward + backward / copy")
         rows.append({"implementation": name} | dict(zip(names, ratios, strict=True)))
     shape = f"batch {config.batch}, time {config.time}, heads {config.heads}, dim {config.dim}"
@@ -133,15 +123,12 @@ def _growth(config):
     """Seconds against time, those of a copy too: what fits a cache is faster than what does not."""
     form = functools.partial(_outputs, implementation=None)
     functions = {"copy": _copy, "forward": form, "forward + backward": with_gradients(form)}
-    seconds = {name: [] for name in functions}
-    for length in config.growth:
-        inputs = _inputs(config.batch, length, config)
-        for name, function in functions.items():
-            seconds[name].append(_seconds(_compiled(function, inputs), inputs, config.repeats))
-    exponents = {name: growth_exponent(config.growth, values) for name, values in seconds.items()}
+    growth = measure_growth(
+        functions, lambda length: _inputs(config.batch, length, config), config.growth, repeats=config.repeats
+    )
     print(f"\nTime grows from {config.growth[0]:,} to {config.growth[-1]:,} tokens with the exponent:\n")
-    print(table([exponents]))
-    return {"tokens": config.growth, "seconds": seconds, "exponents": exponents}
+    print(table([growth["exponents"]]))
+    return growth
 
 
 def _memory(config):
@@ -149,10 +136,8 @@ def _memory(config):
     inputs = _inputs(1, config.memory_time, config)
     rows = []
     for name, form in _forms().items():
-        analysis = _compiled(with_gradients(form), inputs).memory_analysis()
-        rows.append(
-            {"implementation": name, "temporaries / bytes of values": analysis.temp_size_in_bytes / inputs[1].nbytes}
-        )
+        temporaries = temporary_bytes(with_gradients(form), inputs)
+        rows.append({"implementation": name, "temporaries / bytes of values": temporaries / inputs[1].nbytes})
     print(f"\nForward + backward at {config.memory_time:,} tokens ({inputs[1].nbytes / 2**20:.0f} MiB of values):\n")
     print(table(rows))
     return rows
@@ -192,8 +177,4 @@ def _write_table(rows):
 
 def _draw(growth, folder):
     with figure(folder / "growth.png", width=4.5, height=3.4) as (axis,):
-        for name, seconds in growth["seconds"].items():
-            axis.loglog(growth["tokens"], seconds, "o-", label=f"{name}, exponent {growth['exponents'][name]:.2f}")
-        axis.set(xlabel="tokens", ylabel="seconds", title="prefix_scan_attention")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
+        draw_growth(axis, growth, title="prefix_scan_attention")

@@ -1,15 +1,16 @@
 """Figures of experiments, in one style and without a display."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import writing
 
-__all__ = ["figure"]
+__all__ = ["draw_growth", "figure"]
 
 
 @contextlib.contextmanager
@@ -20,3 +21,12 @@ def figure(path: Path, *, width: float, height: float, panels: int = 1) -> Itera
     yield list(axes)
     with writing(path):
         canvas.savefig(path, dpi=150)
+
+
+def draw_growth(axis: Axes, growth: Mapping[str, Any], *, title: str) -> None:
+    """Seconds over tokens, both logarithmic, as `measure_growth` of experiments.measure returns them."""
+    for name, seconds in growth["seconds"].items():
+        axis.loglog(growth["tokens"], seconds, "o-", label=f"{name}, exponent {growth['exponents'][name]:.2f}")
+    axis.set(xlabel="tokens", ylabel="seconds", title=title)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()

@@ -1,14 +1,38 @@
-"""What measurements share: the fastest of some calls, how a series grows, a function with its gradients."""
+"""What measurements share: compiled calls and their time and memory, how it grows, a function with its gradients."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-__all__ = ["fastest_call", "growth_exponent", "with_gradients"]
+__all__ = [
+    "compile_call",
+    "fastest_call",
+    "growth_exponent",
+    "measure_growth",
+    "temporary_bytes",
+    "time_call",
+    "with_gradients",
+]
+
+
+def compile_call(function: Callable, inputs: Sequence[PyTree]) -> jax.stages.Compiled:
+    """A function compiled for inputs, which may be mere shapes."""
+    return jax.jit(function).lower(*inputs).compile()
+
+
+def time_call(compiled: jax.stages.Compiled, inputs: Sequence[PyTree], *, repeats: int) -> float:
+    """Seconds of the fastest call, after one that does not count."""
+    jax.block_until_ready(compiled(*inputs))
+    return fastest_call(compiled, *inputs, repeats=repeats)[0]
+
+
+def temporary_bytes(function: Callable, inputs: Sequence[PyTree]) -> int:
+    """Bytes that the compiler reserves besides inputs and outputs; nothing runs."""
+    return compile_call(function, inputs).memory_analysis().temp_size_in_bytes
 
 
 def fastest_call[T](function: Callable[..., T], *arguments: Any, repeats: int) -> tuple[float, T]:
@@ -26,6 +50,19 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float], *, first: f
     sizes, values = np.asarray(sizes, float), np.asarray(values, float)
     late = sizes >= first
     return float(np.polyfit(np.log(sizes[late]), np.log(values[late]), deg=1)[0])
+
+
+def measure_growth(
+    functions: Mapping[str, Callable], inputs: Callable[[int], Sequence[PyTree]], sizes: Sequence[int], *, repeats: int
+) -> dict[str, Any]:
+    """Seconds of functions of the same inputs at every number of tokens, and the exponents with which they grow."""
+    seconds = {name: [] for name in functions}
+    for size in sizes:
+        arguments = inputs(size)
+        for name, function in functions.items():
+            seconds[name].append(time_call(compile_call(function, arguments), arguments, repeats=repeats))
+    exponents = {name: growth_exponent(sizes, values) for name, values in seconds.items()}
+    return {"tokens": sizes, "seconds": seconds, "exponents": exponents}
 
 
 def with_gradients(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, ...]]]:

@@ -45,6 +45,13 @@ def check_floating(**arguments: Any) -> None:
             raise TypeError(f"{argument}: expected a floating point dtype, got {array.dtype}")
 
 
+def check_inexact(**arguments: Any) -> None:
+    """Raise `TypeError` for an array that is neither real nor complex floating point."""
+    for argument, array in arguments.items():
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            raise TypeError(f"{argument}: expected a real or complex floating point dtype, got {array.dtype}")
+
+
 def check_segment_ids(segment_ids: Any) -> None:
     """Raise `TypeError` for segment ids that are not integers; ids are int32, so unsigned ones must be narrower.
 
@@ -94,6 +101,16 @@ def fresh_like(array: Shaped[Array, "..."], fill: float, dtype: DTypeLike | None
 def fresh_counter(segment_ids: Int[Array, "batch time"] | None, batch: int) -> Int[Array, " batch"]:
     """A zero per row, sharded as rows are: a position, or the segment of a state that is empty and so continues any."""
     return jnp.zeros(batch, jnp.int32) if segment_ids is None else fresh_like(segment_ids[:, 0], 0, jnp.int32)
+
+
+def vary_together(*arrays: Shaped[Array, "..."]) -> list[Shaped[Array, "..."]]:
+    """The same arrays, each varying over all the mesh axes that one of them varies over.
+
+    A `custom_vjp` in a `shard_map` must return cotangents that vary as its arguments do. Those of a parameter vary as
+    the tokens do; the sum that makes them one is the transposition of this.
+    """
+    never = sum(jnp.sum(fresh_like(array, 0)) for array in arrays) != 0
+    return [jnp.where(never, array, array) for array in arrays]
 
 
 class Segments(NamedTuple):

@@ -127,7 +127,7 @@ def _exp(x, reference):
     return jnp.exp(x - jnp.where(reference == -jnp.inf, 0, reference))
 
 
-def _combine(earlier, later, reset=None):
+def combine(earlier, later, reset=None):
     """The associative operator: (m, u, w) of two neighbouring stretches to that of both; a reset drops the earlier."""
     (m_a, u_a, w_a), (m_b, u_b, w_b) = earlier, later
     if reset is not None:
@@ -157,14 +157,14 @@ def _pad(s, v, reset, chunk):
 
 
 def _step(s, v, valid, reset, carry):
-    m, u, w = _combine(carry, _leaf(s[:, 0], v[:, 0]), None if reset is None else reset[:, 0])
+    m, u, w = combine(carry, _leaf(s[:, 0], v[:, 0]), None if reset is None else reset[:, 0])
     return contract.mask_padding(_attend(u, w)[:, None], valid), (m, u, w)
 
 
 def _sequential(s, v, valid, reset, carry):
     def step(carry, token):
         s, v, reset = token
-        carry = _combine(carry, _leaf(s, v), reset)
+        carry = combine(carry, _leaf(s, v), reset)
         return carry, carry[1:]
 
     carry, (u, w) = lax.scan(step, carry, jax.tree.map(lambda x: x.swapaxes(0, 1), (s, v, reset)))
@@ -179,9 +179,9 @@ def _associative(s, v, valid, reset, carry):
         s, v, reset = tokens
         reset = jnp.zeros_like(s[..., 0], bool) if reset is None else reset
         stretches, crossed = lax.associative_scan(
-            lambda a, b: (_combine(a[0], b[0], b[1]), a[1] | b[1]), (_leaf(s, v), reset), axis=1
+            lambda a, b: (combine(a[0], b[0], b[1]), a[1] | b[1]), (_leaf(s, v), reset), axis=1
         )
-        m, u, w = _combine(jax.tree.map(lambda x: x[:, None], carry), stretches, crossed)
+        m, u, w = combine(jax.tree.map(lambda x: x[:, None], carry), stretches, crossed)
         return (m[:, -1], u[:, -1], w[:, -1]), _attend(u, w)
 
     chunks = tuple(contract.chunk_time(x, ASSOCIATIVE_CHUNK) for x in _pad(s, v, reset, ASSOCIATIVE_CHUNK))
@@ -279,7 +279,7 @@ def _loop_forward(s, v, reset, carry):
 
     def body(t, loop):
         carry, rows = loop
-        m, u, w = _combine(carry, _leaf(*contract.time_index((s, v), t)), contract.time_index(reset, t))
+        m, u, w = combine(carry, _leaf(*contract.time_index((s, v), t)), contract.time_index(reset, t))
         return (m, u, w), contract.time_update(rows, (_attend(u, w), m, u), t)
 
     rows = contract.fresh_like(v, 0), contract.fresh_like(s, 0), contract.fresh_like(s, 0)

@@ -8,6 +8,7 @@ root-mean-square error of each row. References are sequential, in float64.
 import contextlib
 import functools
 import io
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -105,11 +106,14 @@ def _fresh_state(mixer, inputs, capacity):
 
 
 def _round(array, dtype):
+    if np.iscomplexobj(array):
+        return _round(array.real, dtype) + 1j * _round(array.imag, dtype)
     return np.asarray(array, jnp.dtype(dtype)).astype(np.float64)
 
 
 def _cast(tree, dtype):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+    """Arrays in a dtype; complex ones in the complex dtype that holds it."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(dtype, 1j) if np.iscomplexobj(x) else dtype), tree)
 
 
 # --- Running --------------------------------------------------------------------------------------------------------
@@ -160,11 +164,11 @@ def _forward(mixer: Mixer, implementation: str | None):
 def _linear(results):
     """Σ result · cotangent over the floating point leaves; infinite entries (an empty maximum) do not count.
 
-    The cotangents are fixed noise, rounded so that every dtype represents it.
+    The cotangents, of real and of imaginary parts, are fixed noise, rounded so that every dtype represents it.
     """
     generator = np.random.default_rng(3)
     total = 0
-    for leaf in _floating(results):
+    for leaf in itertools.chain.from_iterable(map(_parts, _floating(results))):
         cotangent = jnp.asarray(np.round(8 * generator.normal(size=leaf.shape)) / 8, leaf.dtype)
         total += jnp.sum(jnp.where(jnp.isfinite(leaf), leaf, 0) * cotangent)
     return total
@@ -174,6 +178,10 @@ def _continue(mixer, state, dtype):
     """What a cache stands for: the outputs of three more tokens. Caches that hold the same need not be equal."""
     inputs = _cast(inputs_for(mixer, 3, "bfloat16", seed=11), dtype)
     return mixer.function(**inputs, state=state, implementation="sequential")[0]
+
+
+def _parts(leaf):
+    return (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
 
 
 def _floating(tree):
@@ -201,7 +209,7 @@ def evaluate(
         state = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else _widen(x, dtype), state)
         program = _program(mixer, variant, case.implementation)
         result = program(arrays, state, None if segment_ids is None else jnp.asarray(segment_ids))
-        return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
+        return jax.tree.map(lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64), result)
 
 
 def _capacity_state(mixer, dtype, capacity):
@@ -235,12 +243,14 @@ def row_errors(actual: np.ndarray, expected: np.ndarray, floor: float = 0.1, uni
     to no less than `unit`: in a row that nearly cancels out only the absolute error has a meaning, and inputs and
     cotangents are of size 1.
     """
-    actual, expected = (np.atleast_1d(np.asarray(x, np.float64)) for x in (actual, expected))
+    actual, expected = (
+        np.atleast_1d(x.astype(np.promote_types(x.dtype, np.float64))) for x in map(np.asarray, (actual, expected))
+    )
     if actual.shape != expected.shape:
         raise AssertionError(f"expected shape {expected.shape}, got {actual.shape}")
     same = actual == expected  # equal infinities too
     error = np.abs(np.where(same, 0, actual - np.where(same, actual, expected)))
-    magnitude = np.where(np.isfinite(expected), np.abs(expected), 0)
+    magnitude = np.abs(np.where(np.isfinite(expected), expected, 0))
     rms = np.sqrt(np.mean(magnitude**2, axis=-1))
     scale = np.maximum(np.maximum(rms, floor * np.sqrt(np.mean(magnitude**2))), unit)
     with np.errstate(invalid="ignore"):
@@ -480,11 +490,11 @@ def check_layers(mixer: Mixer, implementation: str | None) -> None:
 
         def scanned(stacked):
             start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda x: layer(0.0, x)[0], layers[0]))
-            return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), start, stacked)[0]))
+            return _linear(jnp.square(jax.lax.scan(jax.checkpoint(layer), start, stacked)[0]))
 
         def plain(stacked):
             unstacked = (jax.tree.map(operator.itemgetter(i), stacked) for i in (0, 1))
-            return jnp.sum(jnp.square(sum(layer(0.0, inputs)[0] for inputs in unstacked)))
+            return _linear(jnp.square(sum(layer(0.0, inputs)[0] for inputs in unstacked)))
 
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
         results = [jax.jit(jax.value_and_grad(f))(stacked) for f in (scanned, plain)]
@@ -511,7 +521,7 @@ def check_export(mixer: Mixer, implementation: str | None) -> None:
 
 
 def check_shard_map(mixer: Mixer, implementation: str | None, carried: bool) -> None:
-    """Law 9: inside a `shard_map` over batch and heads a call equals one outside, with gradients."""
+    """Law 9: inside a `shard_map` over batch and heads (or dim) a call equals one outside, with gradients."""
 
     def wrap(program, mesh, in_specs, out_specs):
         return jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
@@ -525,7 +535,8 @@ def check_explicit_mesh(mixer: Mixer, implementation: str | None, carried: bool)
 
 
 def _check_sharded(mixer, implementation, carried, axis_type, wrap):
-    heads = {axis for axes in mixer.axes.values() for axis in axes.split() if axis.endswith("heads")}
+    every_axis = {axis for axes in (*mixer.axes.values(), *mixer.state_axes) for axis in axes.split()}
+    heads = {axis for axis in every_axis if axis.endswith("head") or axis.endswith("heads")} or {"dim"}
     sizes, mesh_axes = dict.fromkeys({"batch", *heads}, 4), dict.fromkeys(heads, "heads") | {"batch": "batch"}
     mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("batch", "heads"), axis_types=(axis_type,) * 2)
 
@@ -539,7 +550,7 @@ def _check_sharded(mixer, implementation, carried, axis_type, wrap):
         state = _forward(mixer, "sequential")(before, state, None)[1]
     state_specs = type(state or mixer.function(**before)[1])(*map(spec, mixer.state_axes))
     in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, state and state_specs, spec("batch"))
-    out_specs = (spec("batch time heads" if heads else "batch"), state_specs)
+    out_specs = (spec(f"batch time {min(heads)}"), state_specs)
 
     program = functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation))
     with _kernels(implementation):
@@ -576,7 +587,7 @@ def check_forward_mode(mixer: Mixer, implementation: str) -> None:
 
         forward = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,))[1])(inputs, tangents)
         gradients = jax.jit(jax.grad(loss))(inputs)
-        reverse = sum(jnp.vdot(gradients[name], tangents[name]) for name in inputs)
+        reverse = sum(jnp.sum(gradients[name] * tangents[name]).real for name in inputs)
         np.testing.assert_allclose(forward, reverse, rtol=1e-10)
 
 
@@ -610,7 +621,7 @@ def check_refusals(mixer: Mixer) -> None:
 
     for name, array in good.items():
         refuses(ValueError, name, **{name: array[..., None]})
-        refuses(TypeError, name, **{name: array.astype(jnp.int32)})
+        refuses(TypeError, name, **{name: jnp.zeros_like(array, jnp.int32)})
         refuses(TypeError, name, **{name: "array"})
         if name in _timed(mixer) and len(_timed(mixer)) > 1:
             refuses(ValueError, "time", **{name: array[:, :3]})
@@ -624,5 +635,6 @@ def check_refusals(mixer: Mixer) -> None:
     refuses(TypeError, "segment_ids", segment_ids=ids.astype(jnp.uint32))
     for field, array in zip(state._fields, state, strict=True):
         refuses(ValueError, f"state.{field}", state=state._replace(**{field: array[:1]}))
-        refuses(TypeError, f"state.{field}", state=state._replace(**{field: array.astype(jnp.complex64)}))
+        wrong = jnp.zeros_like(array, jnp.int32 if jnp.iscomplexobj(array) else jnp.complex64)
+        refuses(TypeError, f"state.{field}", state=state._replace(**{field: wrong}))
         refuses(TypeError, f"state.{field}", state=state._replace(**{field: None}))

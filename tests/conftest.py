@@ -1,6 +1,7 @@
 """Eight CPU devices for the laws about meshes, quick compilation, `--full` for the whole product of the laws' axes."""
 
 import collections
+import itertools
 import os
 
 # Before jax is imported. The tests compile thousands of small programs and run each once.
@@ -10,10 +11,18 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+PROGRAMS_OF = 60  # tests, after which compiled programs are dropped: each maps memory, and a process has 65,530 maps
+
 
 def pytest_addoption(parser):
     """Add `--full`."""
     parser.addoption("--full", action="store_true", help="run the laws over the full product of their axes")
+
+
+def pytest_runtest_teardown(item, nextitem, count=itertools.count(1)):
+    """Drop compiled programs now and then."""
+    if next(count) % PROGRAMS_OF == 0:
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):

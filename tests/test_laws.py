@@ -16,9 +16,14 @@ from primitives import (
     attention,
     causal_attention,
     contract,
+    delta_rule,
     init_attention_state,
+    linear_attention,
+    linear_recurrence,
     prefix_scan,
     prefix_scan_attention,
+    selective_scan,
+    short_convolution,
     testing,
 )
 from primitives.testing import Case, Mixer
@@ -29,7 +34,67 @@ def _ramp(inputs, start, stop):
     return inputs | {"logits": np.broadcast_to(np.linspace(start, stop, shape[1])[:, None], shape)}
 
 
-MIXERS = {
+def _sigmoid(noise):
+    return 1 / (1 + np.exp(-noise))
+
+
+def _decays(scale):
+    """Extreme decays of a recurrence whose valid ones are `scale` times numbers in (0, 1)."""
+    return {
+        "to zero": lambda x: x | {"decay": 1e-6 * x["decay"]},
+        "one": lambda x: x | {"decay": scale(x["decay"])},
+        "mixed": lambda x: x | {"decay": np.where(x["decay"].real > 0.5, scale(x["decay"]), 0)},
+        "all equal": lambda x: {name: np.full_like(array, 0.75) for name, array in x.items()},
+    }
+
+
+def _softplus(noise):
+    return np.log1p(np.exp(noise))
+
+
+def _log_decays(function):
+    """Inputs whose log decays, where there are any, are a function of what they were."""
+    return lambda x: {name: function(array) if name == "log_decay" else array for name, array in x.items()}
+
+
+def _matrix_memory(function, log_decay, queries="heads", keys="heads", values="heads", **gates):
+    """A mixer whose state is a matrix for each head, with log decays of the given axes."""
+    axes = {"q": f"batch time {queries} dim", "k": f"batch time {keys} dim", "v": f"batch time {values} value_dim"}
+    axes |= dict.fromkeys(gates, "batch time state_heads") | ({"log_decay": log_decay} if log_decay else {})
+    heads = {"heads": 2, "one_head": 1, "four_heads": 4}
+    return Mixer(
+        function,
+        axes=axes,
+        state_axes=("batch state_heads dim value_dim", "batch"),
+        implementations=("sequential", "chunked"),
+        sizes=heads | {"value_dim": 24, "state_heads": max(heads[keys], heads[values])},
+        transforms={"k": lambda noise: noise / np.linalg.norm(noise, axis=-1, keepdims=True)}
+        | {"log_decay": lambda noise: -0.3 * _softplus(noise)}
+        | gates,
+        extremes={
+            "forgetting everything": _log_decays(lambda g: g - 1e4),
+            "forgetting nothing": _log_decays(lambda g: 0 * g),
+            "forgetting now and then": _log_decays(lambda g: np.where(np.sin(1e6 * g) > 0.7, -1e4, 0)),
+            "resetting now and then": _log_decays(lambda g: np.where(np.sin(1e6 * g) > 0.7, -np.inf, 0)),
+            "all equal": lambda x: x | {name: np.full_like(x[name], 0.25) for name in ("q", "k", "v", *gates)},
+        },
+    )
+
+
+def _with_decays(function, **gates):
+    """The same with log decays of all shapes, and all ways to share heads."""
+    return {
+        "no decay": _matrix_memory(function, None, queries="four_heads", **gates),
+        "decay per head": _matrix_memory(function, "state_heads", keys="one_head", **gates),
+        "decay per token": _matrix_memory(
+            function, "batch time state_heads", queries="one_head", keys="one_head", **gates
+        ),
+        "decay per channel": _matrix_memory(function, "batch time state_heads dim", **gates),
+    }
+
+
+# A mixer, or several variants of one by name.
+MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
     "prefix_scan_attention": Mixer(
         prefix_scan_attention,
         axes={"logits": "batch time heads", "values": "batch time heads dim"},
@@ -63,8 +128,62 @@ MIXERS = {
             x["k"].shape[0], capacity, *x["k"].shape[2:], x["v"].shape[-1], x["k"].dtype
         ),
     ),
+    "linear_attention": _with_decays(linear_attention),
+    "delta_rule": _with_decays(delta_rule, beta=lambda noise: 2 / (1 + np.exp(-noise))),
+    "short_convolution": Mixer(
+        short_convolution,
+        axes={"x": "batch time dim", "weight": "width dim", "bias": "dim"},
+        state_axes=("batch past dim", "batch"),
+        implementations=("sequential", "parallel"),
+        sizes={"width": 3},
+        extremes={
+            "large": lambda x: x | {"x": 100 * np.sign(x["x"])},
+            "all equal": lambda x: {name: np.full_like(array, 0.75) for name, array in x.items()},
+        },
+    ),
+    "linear_recurrence": Mixer(
+        linear_recurrence,
+        axes={"decay": "batch time heads dim", "inputs": "batch time heads dim"},
+        state_axes=("batch heads dim", "batch"),
+        implementations=("sequential", "associative", "loop"),
+        transforms={"decay": lambda noise: _sigmoid(1 + 2 * noise)},
+        extremes=_decays(np.ones_like),
+    ),
+    "linear_recurrence_complex": Mixer(
+        linear_recurrence,
+        axes={"decay": "heads dim", "inputs": "batch time heads dim"},
+        state_axes=("batch heads dim", "batch"),
+        implementations=("sequential", "associative", "loop"),
+        transforms={
+            "decay": lambda noise: _sigmoid(1 + 2 * noise) * np.exp(3j * noise[::-1]),
+            "inputs": lambda noise: noise + 1j * noise[:, ::-1],
+        },
+        extremes=_decays(lambda decay: decay / np.abs(decay)),
+    ),
+    "selective_scan": Mixer(
+        selective_scan,
+        axes={
+            "x": "batch time dim",
+            "dt": "batch time dim",
+            "a": "dim n",
+            "b": "batch time n",
+            "c": "batch time n",
+            "d": "dim",
+        },
+        state_axes=("batch dim n", "batch"),
+        implementations=("sequential", "associative", "loop"),
+        sizes={"n": 4},
+        transforms={"dt": lambda noise: np.logaddexp(0, noise - 1), "a": lambda noise: -np.exp(noise)},
+        extremes={
+            "forget all": lambda x: x | {"dt": 1 + x["dt"], "a": 1e3 * x["a"]},
+            "forget nothing": lambda x: x | {"a": 1e-6 * x["a"]},
+            "tiny steps": lambda x: x | {"dt": 1e-4 * x["dt"]},
+            "mixed": lambda x: x | {"dt": np.where(x["x"] > 0, x["dt"], 0), "a": 1e3 * x["a"]},
+            "all equal": lambda x: {name: np.full_like(x[name], 0.75) for name in x} | {"a": x["a"]},
+        },
+    ),
 }
-FORWARD_MODE = ("sequential", "associative", "dense")
+FORWARD_MODE = ("sequential", "associative", "dense", "parallel")
 IMPLEMENTATIONS = {"implementation": lambda mixer: (None, *mixer.implementations)}
 STRUCTURES = IMPLEMENTATIONS | {"layout": testing.LAYOUTS, "carried": (False, True)}
 
@@ -98,13 +217,17 @@ def pytest_generate_tests(metafunc):
         return
     rows = []
     for name, mixer in MIXERS.items():
+        variants = mixer if isinstance(mixer, dict) else {"": mixer}
+        mixer = next(iter(variants.values()))
         axes = {axis: values(mixer) if callable(values) else values for axis, values in metafunc.function.axes.items()}
+        axes |= {"variant": tuple(variants)} if len(variants) > 1 else {}
         if len(axes) > 2 and not metafunc.config.getoption("full"):
             points = AllPairs(list(axes.values()), filter_func=_possible(mixer, axes))
         else:
             points = filter(_possible(mixer, axes), itertools.product(*axes.values()))
         for point in points:
             values = dict(zip(axes, point, strict=True))
+            mixer = variants[values.pop("variant", "")]
             case = Case(**{axis: values.pop(axis) for axis in axes if axis in Case._fields})
             rows.append(pytest.param(mixer, case, *values.values(), id="-".join(map(str, (name, *point)))))
     metafunc.parametrize(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
-from primitives import contract
+from primitives import angles, contract
 from zoo.states import init_state, parameter_dtype
 
 
@@ -114,11 +114,6 @@ def fresh_positions(segment_ids: Int[Array, "batch time"] | None, batch: int) ->
     """Every row at the start of a document."""
     zero = contract.fresh_counter(segment_ids, batch)
     return PositionState(zero, zero)
-
-
-def angles(positions: Int[Array, "batch time"], dim: int, dtype: DTypeLike) -> Float[Array, "batch time half"]:
-    """``position / 10000^(2i / dim)`` for i < dim / 2 (Attention Is All You Need, §3.5)."""
-    return positions[..., None].astype(dtype) * 10000.0 ** -(jnp.arange(0, dim, 2, dtype=dtype) / dim)
 
 
 # --- Modules ------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import causal_attention, contract
-from zoo.layers import PositionState, StackConfig, angles, count_positions, fresh_positions
+from primitives import causal_attention
+from primitives import rotary as rotate
+from zoo.layers import PositionState, StackConfig, count_positions, fresh_positions
 from zoo.token_mixers import aaren
 
 
@@ -50,14 +51,6 @@ class SelfAttention(nnx.Module):
             q, k = rotate(q, positions), rotate(k, positions)
         outputs, state = causal_attention(q, k, v, state=state, segment_ids=segment_ids)
         return self.output(outputs.reshape(x.shape)), state
-
-
-def rotate(x, positions):
-    """Turn the pairs (x_i, x_{i + d/2}) of ``[batch, time, heads, d]`` by ``position / 10000^(2i/d)``."""
-    phase = angles(positions, x.shape[-1], contract.accumulation_dtype(x))[:, :, None]
-    cos, sin = jnp.cos(phase), jnp.sin(phase)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

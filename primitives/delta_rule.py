@@ -1,0 +1,221 @@
+"""The delta rule: a matrix for each head, in which every token replaces what its key retrieves by its value.
+
+Imanol Schlag, Kazuki Irie, Jürgen Schmidhuber: Linear Transformers Are Secretly Fast Weight Programmers, 2021,
+arXiv:2102.11174; Songlin Yang, Bailin Wang, Yu Zhang, Yikang Shen, Yoon Kim: Parallelizing Linear Transformers with the
+Delta Rule, 2024, arXiv:2406.06484; Songlin Yang, Jan Kautz, Ali Hatamizadeh: Gated Delta Networks, 2024,
+arXiv:2412.06464 (a decay for each head and token); Kimi Team: Kimi Linear, 2025, arXiv:2510.26692 (for each key channel
+too). Letters: S memory, g log decay, u what a token really writes; ``dx`` is the cotangent of x.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from primitives import contract
+from primitives.decays import chunk_decays, decayed_scores, invert_unit_triangular, matmul
+from primitives.linear_attention import (
+    check_chunk_size,
+    check_heads,
+    decay_gradient,
+    from_chunks,
+    in_blocks,
+    prepare,
+    scan_tokens,
+    to_chunks,
+)
+
+IMPLEMENTATIONS = ("sequential", "chunked")
+
+
+class DeltaRuleState(NamedTuple):
+    """What the tokens so far have written. Float32 or wider."""
+
+    memory: Float[Array, "batch state_heads key_dim value_dim"]
+    segment: Int[Array, " batch"]  # the last non-negative segment id
+
+
+jax.export.register_namedtuple_serialization(DeltaRuleState, serialized_name="primitives.DeltaRuleState")
+
+
+def delta_rule(
+    q: Float[Array, "batch time heads key_dim"],
+    k: Float[Array, "batch time key_heads key_dim"],
+    v: Float[Array, "batch time value_heads value_dim"],
+    beta: Float[Array, "batch time state_heads"],
+    log_decay: Float[Array, "..."] | None = None,
+    *,
+    state: DeltaRuleState | None = None,
+    scale: float | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch time output_heads value_dim"], DeltaRuleState]:
+    """A memory that corrects itself (Gated Delta Networks, equation 10, and its form for each key channel, Kimi Linear).
+
+        S_t = exp(g_t) S_{t−1} + k_t u_tᵀ,  u_t = β_t (v_t − (exp(g_t) S_{t−1})ᵀ k_t)
+        o_t = scale · S_tᵀ q_t
+
+    With β ‖k‖² between 0 and 2 no step makes the memory grow but by what it writes; keys of norm 1 and β up to 2 are
+    safe for any length. Beyond, the recurrence itself diverges exponentially, in every implementation: normalise keys.
+
+    Args:
+        q: Queries. Heads are shared as in grouped attention: of the numbers of heads of `q`, `k` and `v` each must
+            divide the largest, and neighbouring heads share one.
+        k: Keys, of norm about 1.
+        v: Values.
+        beta: How much of what a key retrieves is replaced, with the larger number of heads of `k` and `v`.
+        log_decay: g ≤ 0 (−inf forgets everything): `None` (no decay), ``[state_heads]``, ``[batch, time, state_heads]``
+            or, for a decay of each row of the memory, ``[batch, time, state_heads, key_dim]``.
+        state: What came before, or `None` for an empty memory.
+        scale: Of the outputs; ``1 / √key_dim`` where `None`.
+        segment_ids: Documents packed in a row; memory does not cross a change of id. Negative ids are padding, with
+            zero outputs and zero gradients. `None`: the carried document goes on, no padding.
+        chunk_size: Tokens whose corrections are solved for together in the chunked form, a power of two; by default 32.
+            It changes rounding only.
+        implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls in
+            chunks, with a reverse rule of its own that keeps the inputs and one memory for each chunk), or `None`: chunked
+            where the length is static. One time step is one step of the recurrence under every name.
+
+    Returns:
+        Outputs in the dtype of `v` with the largest number of heads, and the state after the last token.
+
+    Raises:
+        ValueError: Shapes that do not fit together, a length of zero, a chunk that is no power of two, an unknown
+            implementation.
+        TypeError: Dtypes that are not floating point (q, k, v, beta, log_decay) or not integer (segment ids), a foreign
+            state.
+    """
+    sizes = check_heads(q, k, v, log_decay, state, DeltaRuleState, segment_ids, beta=beta)
+    contract.check_implementation(implementation, IMPLEMENTATIONS)
+    chunk_size = check_chunk_size(chunk_size, sizes["time"], 32)
+    tokens, state, segments = prepare(q, k, v, log_decay, state, DeltaRuleState, segment_ids, scale, beta)
+
+    if q.shape[1] == 1:
+        memory, outputs = _step(state.memory, jax.tree.map(lambda x: x[:, 0], tokens))
+        outputs = outputs[:, None]
+    elif implementation == "sequential" or not isinstance(q.shape[1], int):
+        memory, outputs = scan_tokens(_step, state.memory, tokens)
+    else:
+        outputs, memory = _chunked(chunk_size, *contract.vary_together(*tokens, state.memory))
+    outputs = contract.mask_padding(outputs.reshape(*outputs.shape[:2], -1, outputs.shape[-1]), segments.valid)
+    return outputs.astype(v.dtype), DeltaRuleState(memory, segments.last)
+
+
+def _step(memory, token):
+    q, k, v, g, beta = token
+    memory = jnp.exp(g)[..., None] * memory
+    written = beta * (v - matmul("bhk,bhkv->bhv", k, memory))
+    memory = memory + k[..., None] * written[..., None, :]
+    return memory, matmul("bhrk,bhkv->bhrv", q, memory)
+
+
+# --- Chunks ------------------------------------------------------------------------------------------------------------
+#
+# In a chunk that starts with memory S, what a token writes depends on what those before it wrote: with
+# P_ij = k_iᵀ (decay from j to i) k_j for j < i,
+#
+#     u_i = β_i (v_i − (decay to i · k_i)ᵀ S − Σ_{j<i} P_ij u_j),  so  u = T β v − (T β k̃) S,  T = (1 + β P)⁻¹
+#
+# and the rest is linear attention with u for v. From chunk to chunk memory is multiplied by one matrix:
+# next S = (decay through the chunk − k̂ᵀ T β k̃) S + k̂ᵀ T β v, k̂ the keys that have decayed to the end.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(chunk, q, k, v, g, beta, memory):
+    return _chunked_forward(chunk, q, k, v, g, beta, memory)[0]
+
+
+class _Terms(NamedTuple):
+    """What a chunk needs in both directions."""
+
+    scores: Array  # of queries
+    overlaps: Array  # P, of keys
+    solution: Array  # T
+    erase: Array  # T β k̃
+    transition: Array  # from one memory to the next
+
+
+def _terms(q, k, beta, decays):
+    scores, overlaps = _scores(q, k, k, decays)
+    solution = invert_unit_triangular(beta * overlaps)
+    erase = matmul("...ij,...jk->...ik", solution, beta * k * decays.from_start)
+    identity = np.eye(k.shape[-1], dtype=k.dtype)
+    transition = decays.total[..., None] * identity - matmul("...ck,...cl->...kl", k * decays.to_end, erase)
+    return _Terms(scores, overlaps, solution, erase, transition)
+
+
+def _scores(q, reader, writer, decays):
+    """Scores of queries, and those of keys that read what keys before them wrote."""
+    both = decayed_scores(jnp.concatenate([q, reader[..., None, :, :]], axis=-3), writer, decays)
+    return both[..., :-1, :, :], jnp.tril(both[..., -1, :, :], -1)
+
+
+def _pass_on(memory, chunk):
+    """From the memory before a chunk to that after it, and the former; the same, backwards, for cotangents."""
+    transition, added = chunk
+    return matmul("bhkl,bhlv->bhkv", transition, memory) + added, memory
+
+
+def _chunked_forward(chunk, q, k, v, g, beta, memory):
+    def block(memory, tokens):
+        q, k, v, g, beta = (to_chunks(x, chunk) for x in tokens)
+        decays = chunk_decays(g)
+        terms = _terms(q, k, beta, decays)
+        written = matmul("...ij,...jv->...iv", terms.solution, beta * v)
+        added = matmul("...ck,...cv->...kv", k * decays.to_end, written)
+        memory, memories = lax.scan(_pass_on, memory, (terms.transition, added))
+        written -= matmul("...ck,...kv->...cv", terms.erase, memories)
+        outputs = matmul("...rij,...jv->...riv", terms.scores, written)
+        outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
+        return memory, (from_chunks(outputs), memories)
+
+    tokens = q, k, v, g, beta
+    memory, (outputs, memories) = lax.scan(block, memory, in_blocks(tokens, chunk))
+    return (contract.unchunk_time(outputs, q.shape[1]), memory), (tokens, memories)
+
+
+def _chunked_backward(chunk, residuals, cotangents):
+    tokens, memories = residuals
+    do, dmemory = cotangents
+
+    def block(dmemory, inputs):
+        (*tokens, do), memories = inputs
+        q, k, v, g, beta, do = (to_chunks(x, chunk) for x in (*tokens, do))
+        decays = chunk_decays(g)
+        terms = _terms(q, k, beta, decays)
+        from_start, to_end = decays.from_start, decays.to_end
+        missing = v - matmul("...ck,...kv->...cv", k * from_start, memories)
+        written = matmul("...ij,...jv->...iv", terms.solution, beta * missing)
+
+        dwritten = matmul("...rij,...riv->...jv", terms.scores, do)
+        read = matmul("...rik,...riv->...kv", q * from_start[..., None, :, :], do)
+        read -= matmul("...ck,...cv->...kv", terms.erase, dwritten)
+        transposed = terms.transition.swapaxes(-2, -1)
+        dmemory, dmemories = lax.scan(_pass_on, dmemory, (transposed, read), reverse=True)
+
+        dwritten += matmul("...ck,...kv->...cv", k * to_end, dmemories)
+        dright = matmul("...ij,...iv->...jv", terms.solution, dwritten)
+        dsolved = -matmul("...iv,...jv->...ij", dright, written)
+        dscores = matmul("...riv,...jv->...rij", do, written)
+        _, pull = jax.vjp(lambda q, reader, writer: _scores(q, reader, writer, decays), q, k, k)
+        dq, dk_reads, dk_within = pull((dscores, beta * dsolved))
+        dq += from_start[..., None, :, :] * matmul("...riv,...kv->...rik", do, memories)
+        dk_reads -= from_start * beta * matmul("...cv,...kv->...ck", dright, memories)
+        dk_beyond = to_end * matmul("...cv,...kv->...ck", written, dmemories)
+
+        dbeta = jnp.sum(missing * dright, axis=-1) + jnp.sum(jnp.tril(dsolved, -1) * terms.overlaps, axis=-1)
+        past = jnp.sum(q * dq, axis=-3) + k * (dk_reads - dk_within)
+        dg = decay_gradient(past, k * dk_beyond, decays.total * jnp.sum(memories * dmemories, axis=-1), g)
+        gradients = dq, dk_reads + dk_within + dk_beyond, beta * dright, dg, dbeta[..., None]
+        return dmemory, tuple(map(from_chunks, gradients))
+
+    dmemory, gradients = lax.scan(block, dmemory, (in_blocks((*tokens, do), chunk), memories), reverse=True)
+    return *(contract.unchunk_time(x, do.shape[1]) for x in gradients), dmemory
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
