@@ -1,24 +1,28 @@
-"""Decays between the tokens of a chunk, as products that never leave [0, 1].
+"""Decays between the tokens of a chunk, as exponentials of sums that are never positive.
 
-Within a chunk of C tokens with log decays g ≤ 0, token i sees token j ≤ i through exp(g_{j+1} + … + g_i). Such sums are
-taken over exactly their terms, as matmuls with constant matrices of zeros and ones: the difference of two prefix sums
-would lose its digits where a log decay of −1e4 stands beside one of 0, and exp(−prefix) would overflow.
+Within a chunk of C tokens with log decays g ≤ 0, token i sees token j ≤ i through exp(g_{j+1} + … + g_i): the
+difference of two prefix sums. Where a log decay of −1e4 stands beside one of −0.01 such a difference would lose its
+digits. So each log decay is split into a multiple of a small power of two, whose sums are exact, and a rest, whose sums
+are small.
 
-A decay for each key channel does not factor out of the product of query and key. Halving does it: the chunk is cut in
-two, each half again, and so on; the tokens i of a right half see those j of the left half through the cut between them,
-so that exp(g_{j+1} + … + g_i) = exp(to the cut) · exp(from the cut), a matmul for each size of halves.
+A decay for each key channel does not factor out of the product of query and key, and its parts alone, exp(sum to i) and
+exp(−sum to j), overflow. Halving helps: the chunk is cut in two, each half again, and so on; the tokens i of a right
+half see those j of the left half through the cut between them, so that exp(g_{j+1} + … + g_i) = exp(to the cut) ·
+exp(from the cut), a matmul for each size of halves.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 FLOOR = -1000.0
-"""A log decay below is a decay of exactly zero in float32 and float64, −inf among them: sums of it stay finite."""
+"""A log decay below is a decay of exactly zero in float32 and float64, also minus infinity; sums of it stay finite."""
 
 matmul = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -36,23 +40,34 @@ class Decays(NamedTuple):
 def chunk_decays(log_decay: Float[Array, "*chunks chunk channels"]) -> Decays:
     """All decays of chunks whose length is a power of two."""
     chunk, channels = log_decay.shape[-2:]
-    log_decay = jnp.maximum(log_decay, FLOOR)
-
-    def products(terms):
-        return jnp.exp(matmul("...tc,xt->...xc", log_decay, jnp.asarray(terms.reshape(-1, chunk), log_decay.dtype)))
-
-    i, t = np.indices((chunk, chunk))
-    edges = products(np.concatenate([t <= i, t > i]))
-    from_start, to_end = edges[..., :chunk, :], edges[..., chunk:, :]
+    sums = _prefix_sums(log_decay)
+    from_start = jnp.exp(sum(sums))
+    to_end = _exp_difference(*((x[..., -1:, :], x) for x in sums))
     between = halves = None
     if channels == 1:
-        i, j, t = np.indices((chunk,) * 3)
-        between = products((j < t) & (t <= i)).reshape(*log_decay.shape[:-2], chunk, chunk)
-        between = jnp.where(np.tri(chunk, dtype=bool), between, 0)
+        earlier = ((x, x.swapaxes(-2, -1)) for x in sums)
+        between = jnp.where(np.tri(chunk, dtype=bool), _exp_difference(*earlier), 0)
     else:
-        halves = products(np.stack([_terms(chunk, size) for size in _sizes(chunk)]))
-        halves = halves.reshape(*log_decay.shape[:-2], -1, chunk, channels)
+        cuts = np.stack([_cut(chunk, size) for size in _sizes(chunk)])
+        right = np.stack([_is_right(chunk, size) for size in _sizes(chunk)])[..., None]
+        pairs = ((x[..., None, :, :], jnp.take(x, cuts, axis=-2)) for x in sums)
+        halves = _exp_difference(*((jnp.where(right, x, cut), jnp.where(right, cut, x)) for x, cut in pairs))
     return Decays(from_start, to_end, from_start[..., -1, :], between, halves)
+
+
+def _prefix_sums(log_decay):
+    """Prefix sums as two terms, the first exact."""
+    chunk = log_decay.shape[-2]
+    quantum = 2.0 ** (math.ceil(math.log2(-FLOOR * chunk)) - 24)  # float32 has 24 bits
+    log_decay = jnp.maximum(log_decay, FLOOR)
+    coarse = jnp.round(log_decay / quantum) * quantum
+    lower = jnp.asarray(np.tri(chunk), log_decay.dtype)
+    return tuple(matmul("it,...tc->...ic", lower, x) for x in (coarse, log_decay - coarse))
+
+
+def _exp_difference(coarse, fine):
+    """exp(later − earlier) of prefix sums; where they are in the wrong order, one."""
+    return jnp.exp(jnp.minimum((coarse[0] - coarse[1]) + (fine[0] - fine[1]), 0))
 
 
 def decayed_scores(
@@ -72,21 +87,45 @@ def decayed_scores(
     return jnp.sum(jnp.where(masks, levels, 0), axis=-3) + diagonal[..., None] * np.eye(chunk, dtype=q.dtype)
 
 
-def invert_unit_triangular(
-    strictly_lower: Float[Array, "*chunks chunk chunk"],
-) -> Float[Array, "*chunks chunk chunk"]:
-    """``(1 + L)⁻¹`` by halving: of a block ``[[A, 0], [B, C]]`` it is ``[[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``.
+def decayed_scores_gradient(
+    dscores: Float[Array, "*chunks queries chunk chunk"],
+    q: Float[Array, "*chunks queries chunk key_dim"],
+    k: Float[Array, "*chunks chunk key_dim"],
+    decays: Decays,
+) -> tuple[Float[Array, "*chunks queries chunk key_dim"], Float[Array, "*chunks chunk key_dim"]]:
+    """The cotangents of q and k for one of `decayed_scores`."""
+    if decays.between is None:
+        return jax.vjp(lambda q, k: decayed_scores(q, k, decays), q, k)[1](dscores)
+    dscores = dscores * decays.between[..., None, :, :]
+    dk = matmul("...jc,...ck->...jk", transposed(join_queries(dscores)), join_queries(q))
+    return matmul("...rij,...jk->...rik", dscores, k), dk
 
-    As stable as substitution, unlike the series ``1 − L + L² − …``, whose terms cancel where keys resemble each other.
+
+def join_queries(x: Float[Array, "*chunks queries chunk dim"]) -> Float[Array, "*chunks rows dim"]:
+    """One axis for queries and tokens: sums over both are sums over rows."""
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def invert_unit_triangular(lower: Float[Array, "*chunks chunk chunk"]) -> Float[Array, "*chunks chunk chunk"]:
+    """``(1 + L)⁻¹``, L what is below the diagonal, by halving: ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``.
+
+    As stable as substitution; the alternating series in powers of L is not, its terms cancel where keys are alike.
     """
-    chunk = strictly_lower.shape[-1]
-    inverse = jnp.broadcast_to(np.eye(chunk, dtype=strictly_lower.dtype), strictly_lower.shape)
-    for size in _sizes(chunk):
-        between = jnp.where(_mask(chunk, size), strictly_lower, 0)
-        if size > 1:  # before, the inverses are those of single ones
-            between = matmul("...ij,...jk,...kl->...il", inverse, between, inverse)
-        inverse = inverse - between
-    return inverse
+    chunk = lower.shape[-1]
+    if chunk == 1:
+        return jnp.ones_like(lower)
+    half = chunk // 2
+    blocks = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]], axis=-3)
+    inverse = invert_unit_triangular(blocks)
+    first, second = inverse[..., 0, :, :], inverse[..., 1, :, :]
+    between = -matmul("...ij,...jk->...ik", matmul("...ij,...jk->...ik", second, lower[..., half:, :half]), first)
+    top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([between, second], axis=-1)], axis=-2)
+
+
+def transposed(matrix: Float[Array, "*chunks rows columns"]) -> Float[Array, "*chunks columns rows"]:
+    """A transposition that stays one: XLA would fold it into a product that takes twice as long on a CPU."""
+    return lax.optimization_barrier(matrix.swapaxes(-2, -1))
 
 
 def _sizes(chunk):
@@ -97,10 +136,14 @@ def _sizes(chunk):
 def _mask(chunk, size):
     """Whether token i is in a right half and j in the left half before the same cut."""
     i, j = np.indices((chunk, chunk))
-    return (i // (2 * size) == j // (2 * size)) & (i // size % 2 == 1) & (j // size % 2 == 0)
+    right = _is_right(chunk, size)
+    return (i // (2 * size) == j // (2 * size)) & right[:, None] & ~right
 
 
-def _terms(chunk, size):
-    """The log decays between each token and its cut: up to a token of a right half, behind one of a left half."""
-    i, t = np.indices((chunk, chunk))
-    return (i // size == t // size) & np.where(i // size % 2 == 1, t <= i, t > i)
+def _is_right(chunk, size):
+    return np.arange(chunk) // size % 2 == 1
+
+
+def _cut(chunk, size):
+    """The last token before the cut of each token's pair of halves."""
+    return np.arange(chunk) // (2 * size) * (2 * size) + size - 1

@@ -17,7 +17,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from primitives import contract
-from primitives.decays import chunk_decays, decayed_scores, invert_unit_triangular, matmul
+from primitives.decays import (
+    chunk_decays,
+    decayed_scores,
+    decayed_scores_gradient,
+    invert_unit_triangular,
+    join_queries,
+    matmul,
+    transposed,
+)
 from primitives.linear_attention import (
     check_chunk_size,
     check_heads,
@@ -55,7 +63,7 @@ def delta_rule(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch time output_heads value_dim"], DeltaRuleState]:
-    """A memory that corrects itself (Gated Delta Networks, equation 10, and its form for each key channel, Kimi Linear).
+    """A memory that corrects itself (Gated Delta Networks; with a decay for each key channel, Kimi Linear).
 
         S_t = exp(g_t) S_{t−1} + k_t u_tᵀ,  u_t = β_t (v_t − (exp(g_t) S_{t−1})ᵀ k_t)
         o_t = scale · S_tᵀ q_t
@@ -77,9 +85,9 @@ def delta_rule(
             zero outputs and zero gradients. `None`: the carried document goes on, no padding.
         chunk_size: Tokens whose corrections are solved for together in the chunked form, a power of two; by default 32.
             It changes rounding only.
-        implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls in
-            chunks, with a reverse rule of its own that keeps the inputs and one memory for each chunk), or `None`: chunked
-            where the length is static. One time step is one step of the recurrence under every name.
+        implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls
+            in chunks, with a reverse rule of its own that keeps inputs and a memory for each chunk), or `None`:
+            chunked where the length is static. One time step is one step of the recurrence under every name.
 
     Returns:
         Outputs in the dtype of `v` with the largest number of heads, and the state after the last token.
@@ -114,7 +122,7 @@ def _step(memory, token):
     return memory, matmul("bhrk,bhkv->bhrv", q, memory)
 
 
-# --- Chunks ------------------------------------------------------------------------------------------------------------
+# --- Chunks -------------------------------------------------------------------------------------------------------
 #
 # In a chunk that starts with memory S, what a token writes depends on what those before it wrote: with
 # P_ij = k_iᵀ (decay from j to i) k_j for j < i,
@@ -137,22 +145,26 @@ class _Terms(NamedTuple):
     overlaps: Array  # P, of keys
     solution: Array  # T
     erase: Array  # T β k̃
+    write: Array  # T β v
     transition: Array  # from one memory to the next
+    added: Array  # k̂ᵀ T β v
 
 
-def _terms(q, k, beta, decays):
-    scores, overlaps = _scores(q, k, k, decays)
+def _terms(q, k, v, beta, decays):
+    scores = decayed_scores(_readers(q, k), k, decays)
+    scores, overlaps = scores[..., :-1, :, :], jnp.tril(scores[..., -1, :, :], -1)
     solution = invert_unit_triangular(beta * overlaps)
-    erase = matmul("...ij,...jk->...ik", solution, beta * k * decays.from_start)
-    identity = np.eye(k.shape[-1], dtype=k.dtype)
-    transition = decays.total[..., None] * identity - matmul("...ck,...cl->...kl", k * decays.to_end, erase)
-    return _Terms(scores, overlaps, solution, erase, transition)
+    right = beta * jnp.concatenate([k * decays.from_start, v], axis=-1)
+    solved = matmul("...ij,...jc->...ic", solution, right)
+    passed = matmul("...kj,...jc->...kc", transposed(k * decays.to_end), solved)
+    dim = k.shape[-1]
+    transition = decays.total[..., None] * np.eye(dim, dtype=k.dtype) - passed[..., :dim]
+    return _Terms(scores, overlaps, solution, solved[..., :dim], solved[..., dim:], transition, passed[..., dim:])
 
 
-def _scores(q, reader, writer, decays):
-    """Scores of queries, and those of keys that read what keys before them wrote."""
-    both = decayed_scores(jnp.concatenate([q, reader[..., None, :, :]], axis=-3), writer, decays)
-    return both[..., :-1, :, :], jnp.tril(both[..., -1, :, :], -1)
+def _readers(q, k):
+    """Queries, and keys as one query more: they read what keys before them wrote."""
+    return jnp.concatenate([q, k[..., None, :, :]], axis=-3)
 
 
 def _pass_on(memory, chunk):
@@ -165,11 +177,9 @@ def _chunked_forward(chunk, q, k, v, g, beta, memory):
     def block(memory, tokens):
         q, k, v, g, beta = (to_chunks(x, chunk) for x in tokens)
         decays = chunk_decays(g)
-        terms = _terms(q, k, beta, decays)
-        written = matmul("...ij,...jv->...iv", terms.solution, beta * v)
-        added = matmul("...ck,...cv->...kv", k * decays.to_end, written)
-        memory, memories = lax.scan(_pass_on, memory, (terms.transition, added))
-        written -= matmul("...ck,...kv->...cv", terms.erase, memories)
+        terms = _terms(q, k, v, beta, decays)
+        memory, memories = lax.scan(_pass_on, memory, (terms.transition, terms.added))
+        written = terms.write - matmul("...ck,...kv->...cv", terms.erase, memories)
         outputs = matmul("...rij,...jv->...riv", terms.scores, written)
         outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
         return memory, (from_chunks(outputs), memories)
@@ -187,28 +197,28 @@ def _chunked_backward(chunk, residuals, cotangents):
         (*tokens, do), memories = inputs
         q, k, v, g, beta, do = (to_chunks(x, chunk) for x in (*tokens, do))
         decays = chunk_decays(g)
-        terms = _terms(q, k, beta, decays)
+        terms = _terms(q, k, v, beta, decays)
         from_start, to_end = decays.from_start, decays.to_end
         missing = v - matmul("...ck,...kv->...cv", k * from_start, memories)
-        written = matmul("...ij,...jv->...iv", terms.solution, beta * missing)
+        written = terms.write - matmul("...ck,...kv->...cv", terms.erase, memories)
 
-        dwritten = matmul("...rij,...riv->...jv", terms.scores, do)
-        read = matmul("...rik,...riv->...kv", q * from_start[..., None, :, :], do)
-        read -= matmul("...ck,...cv->...kv", terms.erase, dwritten)
-        transposed = terms.transition.swapaxes(-2, -1)
-        dmemory, dmemories = lax.scan(_pass_on, dmemory, (transposed, read), reverse=True)
+        dwritten = matmul("...jc,...cv->...jv", transposed(join_queries(terms.scores)), join_queries(do))
+        q_start = join_queries(q * from_start[..., None, :, :])
+        read = matmul("...kc,...cv->...kv", transposed(q_start), join_queries(do))
+        read -= matmul("...kc,...cv->...kv", transposed(terms.erase), dwritten)
+        dmemory, dmemories = lax.scan(_pass_on, dmemory, (transposed(terms.transition), read), reverse=True)
 
         dwritten += matmul("...ck,...kv->...cv", k * to_end, dmemories)
-        dright = matmul("...ij,...iv->...jv", terms.solution, dwritten)
-        dsolved = -matmul("...iv,...jv->...ij", dright, written)
-        dscores = matmul("...riv,...jv->...rij", do, written)
-        _, pull = jax.vjp(lambda q, reader, writer: _scores(q, reader, writer, decays), q, k, k)
-        dq, dk_reads, dk_within = pull((dscores, beta * dsolved))
+        dright = matmul("...ji,...iv->...jv", transposed(terms.solution), dwritten)
+        dsolved = jnp.tril(-matmul("...iv,...jv->...ij", dright, written), -1)
+        dscores = _readers(matmul("...riv,...jv->...rij", do, written), beta * dsolved)
+        dreaders, dk_within = decayed_scores_gradient(dscores, _readers(q, k), k, decays)
+        dq, dk_reads = dreaders[..., :-1, :, :], dreaders[..., -1, :, :]
         dq += from_start[..., None, :, :] * matmul("...riv,...kv->...rik", do, memories)
         dk_reads -= from_start * beta * matmul("...cv,...kv->...ck", dright, memories)
         dk_beyond = to_end * matmul("...cv,...kv->...ck", written, dmemories)
 
-        dbeta = jnp.sum(missing * dright, axis=-1) + jnp.sum(jnp.tril(dsolved, -1) * terms.overlaps, axis=-1)
+        dbeta = jnp.sum(missing * dright, axis=-1) + jnp.sum(dsolved * terms.overlaps, axis=-1)
         past = jnp.sum(q * dq, axis=-3) + k * (dk_reads - dk_within)
         dg = decay_gradient(past, k * dk_beyond, decays.total * jnp.sum(memories * dmemories, axis=-1), g)
         gradients = dq, dk_reads + dk_within + dk_beyond, beta * dright, dg, dbeta[..., None]

@@ -1,10 +1,10 @@
-"""Linear attention with decay: a matrix for each head, to which every token adds the outer product of its key and value.
+"""Linear attention with decay: a matrix for each head, to which each token adds the outer product of its key and value.
 
 Angelos Katharopoulos, Apoorv Vyas, Nikolaos Pappas, François Fleuret: Transformers are RNNs, 2020, arXiv:2006.16236
 (no decay); Yutao Sun and others: Retentive Network, 2023, arXiv:2307.08621 (a decay for each head); Tri Dao, Albert Gu:
-Transformers are SSMs, 2024, arXiv:2405.21060 (for each head and token); Songlin Yang, Bailin Wang, Yikang Shen, Rameswar
-Panda, Yoon Kim: Gated Linear Attention, 2023, arXiv:2312.06635 (for each key channel too). Letters: S memory, g log
-decay; ``dx`` is the cotangent of x.
+Transformers are SSMs, 2024, arXiv:2405.21060 (for each head and token); Songlin Yang, Bailin Wang, Yikang Shen,
+Rameswar Panda, Yoon Kim: Gated Linear Attention, 2023, arXiv:2312.06635 (for each key channel too). Letters: S memory,
+g log decay; ``dx`` is the cotangent of x.
 """
 
 import functools
@@ -17,7 +17,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from primitives import contract
-from primitives.decays import chunk_decays, decayed_scores, matmul
+from primitives.decays import (
+    chunk_decays,
+    decayed_scores,
+    decayed_scores_gradient,
+    join_queries,
+    matmul,
+    transposed,
+)
 
 IMPLEMENTATIONS = ("sequential", "chunked")
 BLOCK = 512  # tokens whose chunks are computed at once; changes rounding only
@@ -64,9 +71,9 @@ def linear_attention(
             zero outputs and zero gradients. `None`: the carried document goes on, no padding.
         chunk_size: Tokens that see each other through one matrix of scores in the chunked form, a power of two; by
             default 64, or 32 with a decay for each key channel. It changes rounding only.
-        implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls in
-            chunks, with a reverse rule of its own that keeps the inputs and one memory for each chunk), or `None`: chunked
-            where the length is static. One time step is one step of the recurrence under every name.
+        implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls
+            in chunks, with a reverse rule of its own that keeps inputs and a memory for each chunk), or `None`:
+            chunked where the length is static. One time step is one step of the recurrence under every name.
 
     Returns:
         Outputs in the dtype of `v` with the largest number of heads, and the state after the last token.
@@ -74,7 +81,8 @@ def linear_attention(
     Raises:
         ValueError: Shapes that do not fit together, a length of zero, a chunk that is no power of two, an unknown
             implementation.
-        TypeError: Dtypes that are not floating point (q, k, v, log_decay) or not integer (segment ids), a foreign state.
+        TypeError: Dtypes that are not floating point (q, k, v, log_decay) or not integer (segment ids), a foreign
+            state.
     """
     sizes = check_heads(q, k, v, log_decay, state, LinearAttentionState, segment_ids)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
@@ -92,7 +100,7 @@ def linear_attention(
     return outputs.astype(v.dtype), LinearAttentionState(memory, segments.last)
 
 
-# --- What the delta rule shares ----------------------------------------------------------------------------------------
+# --- What the delta rule shares -----------------------------------------------------------------------------------
 
 
 def check_heads(q, k, v, log_decay, state, kind, segment_ids, **gates) -> dict[str, int]:
@@ -138,9 +146,9 @@ def check_chunk_size(chunk_size: int | None, time: Any, default: int) -> int:
 def prepare(q, k, v, log_decay, state, kind, segment_ids, scale, *gates):
     """Tokens ``(q, k, v, g, *gates)`` in the precision of sums, with the heads of the state; the state; the segments.
 
-    Queries are scaled and ``[batch, time, state_heads, queries, key_dim]``; g is ``[batch, time, state_heads, channels]``,
-    and so are gates, with one channel.
-    A reset is a decay of zero, and padding a token that adds nothing and decays nothing: no solver has to know.
+    Queries are scaled and ``[batch, time, state_heads, queries, key_dim]``; g is ``[batch, time, state_heads,
+    channels]``, and so are gates, with one channel. A reset is a decay of zero, and padding a token that adds nothing
+    and decays nothing: no solver has to know.
     """
     heads, most = max(k.shape[2], v.shape[2]), max(q.shape[2], k.shape[2], v.shape[2])
     inputs = (q, k, v, *gates, *(() if log_decay is None else [log_decay]), *(state or ())[:1])
@@ -175,7 +183,7 @@ def scan_tokens(step, memory, tokens):
     return memory, outputs.swapaxes(0, 1)
 
 
-# --- The recurrence ----------------------------------------------------------------------------------------------------
+# --- The recurrence -----------------------------------------------------------------------------------------------
 
 
 def _step(memory, token):
@@ -184,11 +192,12 @@ def _step(memory, token):
     return memory, matmul("bhrk,bhkv->bhrv", q, memory)
 
 
-# --- Chunks ------------------------------------------------------------------------------------------------------------
+# --- Chunks -------------------------------------------------------------------------------------------------------
 #
 # In a chunk that starts with memory S, with A_ij = q_iᵀ (decay from j to i) k_j for j ≤ i,
 #
-#     o_i = Σ_j A_ij v_j + (decay to i · q_i)ᵀ S;  next S = decay through the chunk · S + Σ_j (decay from j to end · k_j) v_jᵀ
+#     o_i = Σ_j A_ij v_j + (decay to i · q_i)ᵀ S
+#     next S = decay through the chunk · S + Σ_j (decay from j to the end · k_j) v_jᵀ
 #
 # Everything but the step from S to S is done for all chunks of a block at once. The reverse rule is the same with time
 # reversed; the gradient of a log decay g_t is what flows past t: that of all queries from t on less that of keys there.
@@ -203,7 +212,7 @@ def _chunked_forward(chunk, q, k, v, g, memory):
     def block(memory, tokens):
         q, k, v, g = (to_chunks(x, chunk) for x in tokens)
         decays = chunk_decays(g)
-        added = matmul("...ck,...cv->...kv", k * decays.to_end, v)
+        added = matmul("...kc,...cv->...kv", transposed(k * decays.to_end), v)
         memory, memories = lax.scan(_pass_on, memory, (decays.total, added))
         outputs = matmul("...rij,...jv->...riv", decayed_scores(q, k, decays), v)
         outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
@@ -223,14 +232,14 @@ def _chunked_backward(chunk, residuals, cotangents):
         q, k, v, g, do = (to_chunks(x, chunk) for x in (*tokens, do))
         decays = chunk_decays(g)
         from_start, to_end = decays.from_start[..., None, :, :], decays.to_end
-        scores, pull = jax.vjp(lambda q, k: decayed_scores(q, k, decays), q, k)
-        read = matmul("...rik,...riv->...kv", q * from_start, do)
+        scores = decayed_scores(q, k, decays)
+        read = matmul("...kc,...cv->...kv", transposed(join_queries(q * from_start)), join_queries(do))
         dmemory, dmemories = lax.scan(_pass_on, dmemory, (decays.total, read), reverse=True)
 
-        dq_within, dk_within = pull(matmul("...riv,...jv->...rij", do, v))
-        dq = dq_within + from_start * matmul("...riv,...kv->...rik", do, memories)
+        dq, dk_within = decayed_scores_gradient(matmul("...riv,...jv->...rij", do, v), q, k, decays)
+        dq += from_start * matmul("...riv,...kv->...rik", do, memories)
         dk_beyond = to_end * matmul("...jv,...kv->...jk", v, dmemories)
-        dv = matmul("...rij,...riv->...jv", scores, do)
+        dv = matmul("...jc,...cv->...jv", transposed(join_queries(scores)), join_queries(do))
         dv += matmul("...jk,...kv->...jv", k * to_end, dmemories)
         past = jnp.sum(q * dq, axis=-3) - k * dk_within
         dg = decay_gradient(past, k * dk_beyond, decays.total * jnp.sum(memories * dmemories, axis=-1), g)

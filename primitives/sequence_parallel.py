@@ -1,9 +1,9 @@
 """Time split over devices: each computes its piece, and all that they exchange is one state each.
 
-Weigao Sun, Disen Lan, Yiran Zhong, Xiaoye Qu, Yu Cheng: LASP-2: Rethinking Sequence Parallelism for Linear Attention and
-Its Hybrid, 2025, arXiv:2502.07563. There one all-gather of ``Σ k vᵀ`` makes linear attention parallel over time. Here the
-same holds for every recurrence whose pieces compose: what a piece makes of a state that comes in follows from its state
-after a fresh start and from how much of the former it keeps.
+Weigao Sun, Disen Lan, Yiran Zhong, Xiaoye Qu, Yu Cheng: LASP-2: Rethinking Sequence Parallelism for Linear Attention
+and Its Hybrid, 2025, arXiv:2502.07563. There one all-gather of ``Σ k vᵀ`` makes linear attention parallel over time.
+Here the same holds for every recurrence whose pieces compose: what a piece makes of a state that comes in follows from
+its state after a fresh start and from how much of the former it keeps.
 """
 
 import functools
@@ -92,7 +92,7 @@ def _along(rows, array):
     return rows.reshape(rows.shape + (1,) * (array.ndim - 1))
 
 
-# --- For each mixer: what a piece keeps of what comes in, how that and its own compose, and the empty state ---------------
+# --- For each mixer: what a piece keeps of what comes in, how that and its own compose, the empty state -----------
 
 
 def _linear_recurrence_keeps(decay, inputs, *, segments):

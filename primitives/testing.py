@@ -536,7 +536,7 @@ def check_explicit_mesh(mixer: Mixer, implementation: str | None, carried: bool)
 
 def _check_sharded(mixer, implementation, carried, axis_type, wrap):
     every_axis = {axis for axes in (*mixer.axes.values(), *mixer.state_axes) for axis in axes.split()}
-    heads = {axis for axis in every_axis if axis.endswith("head") or axis.endswith("heads")} or {"dim"}
+    heads = {axis for axis in every_axis if axis.endswith(("head", "heads"))} or {"dim"}
     sizes, mesh_axes = dict.fromkeys({"batch", *heads}, 4), dict.fromkeys(heads, "heads") | {"batch": "batch"}
     mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("batch", "heads"), axis_types=(axis_type,) * 2)
 

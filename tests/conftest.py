@@ -11,17 +11,18 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-PROGRAMS_OF = 60  # tests, after which compiled programs are dropped: each maps memory, and a process has 65,530 maps
-
 
 def pytest_addoption(parser):
     """Add `--full`."""
     parser.addoption("--full", action="store_true", help="run the laws over the full product of their axes")
 
 
-def pytest_runtest_teardown(item, nextitem, count=itertools.count(1)):
-    """Drop compiled programs now and then."""
-    if next(count) % PROGRAMS_OF == 0:
+TESTS = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Drop compiled programs now and then: each maps memory, and a process may have 65,530 maps."""
+    if next(TESTS) % 60 == 0:
         jax.clear_caches()
 
 

@@ -93,6 +93,9 @@ def test_refuses_what_does_not_compose():
         sequence_parallel(jnp.sin, jnp.ones((1, 2)), axis_name="time")
 
 
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
 def collective_bytes(text):
     """Bytes of the results of all collectives of a compiled program."""
     sizes = {"f32": 4, "s32": 4, "pred": 1, "u32": 4, "bf16": 2}
