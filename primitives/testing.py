@@ -34,13 +34,15 @@ class Mixer(NamedTuple):
 
     `axes` names the axes of each input (``"batch time heads dim"``), `state_axes` those of each field of the state.
     `transforms` make valid inputs from normal noise, `extremes` make the extreme inputs of law 7 from valid ones.
-    `initial_state` makes the fresh state of a given capacity, for mixers whose state is a cache.
+    `initial_state` makes the fresh state of a given capacity, for mixers whose state is a cache. `default` names the
+    implementation that `None` stands for here, if it is always the same: there is no need to run both.
     """
 
     function: Callable[..., tuple[Any, Any]]
     axes: Mapping[str, str]
     state_axes: tuple[str, ...]
     implementations: tuple[str, ...]
+    default: str | None = None
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
     extremes: Mapping[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {}
     initial_state: Callable[[dict[str, Any], int], Any] | None = None

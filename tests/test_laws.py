@@ -67,6 +67,7 @@ def _matrix_memory(function, log_decay, queries="heads", keys="heads", values="h
         axes=axes,
         state_axes=("batch state_heads dim value_dim", "batch"),
         implementations=("sequential", "chunked"),
+        default="chunked",
         sizes=heads | {"value_dim": 24, "state_heads": max(heads[keys], heads[values])},
         transforms={"k": lambda noise: noise / np.linalg.norm(noise, axis=-1, keepdims=True)}
         | {"log_decay": lambda noise: -0.3 * _softplus(noise)}
@@ -100,6 +101,7 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
         axes={"logits": "batch time heads", "values": "batch time heads dim"},
         state_axes=("batch heads", "batch heads", "batch heads dim", "batch"),
         implementations=prefix_scan.IMPLEMENTATIONS,
+        default="loop",
         transforms={"logits": lambda noise: 3 * noise},
         extremes={
             "ramp up": lambda x: _ramp(x, -1e4, 1e4),
@@ -135,31 +137,36 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
         axes={"x": "batch time dim", "weight": "width dim", "bias": "dim"},
         state_axes=("batch past dim", "batch"),
         implementations=("sequential", "parallel"),
+        default="parallel",
         sizes={"width": 3},
         extremes={
             "large": lambda x: x | {"x": 100 * np.sign(x["x"])},
             "all equal": lambda x: {name: np.full_like(array, 0.75) for name, array in x.items()},
         },
     ),
-    "linear_recurrence": Mixer(
-        linear_recurrence,
-        axes={"decay": "batch time heads dim", "inputs": "batch time heads dim"},
-        state_axes=("batch heads dim", "batch"),
-        implementations=("sequential", "associative", "loop"),
-        transforms={"decay": lambda noise: _sigmoid(1 + 2 * noise)},
-        extremes=_decays(np.ones_like),
-    ),
-    "linear_recurrence_complex": Mixer(
-        linear_recurrence,
-        axes={"decay": "heads dim", "inputs": "batch time heads dim"},
-        state_axes=("batch heads dim", "batch"),
-        implementations=("sequential", "associative", "loop"),
-        transforms={
-            "decay": lambda noise: _sigmoid(1 + 2 * noise) * np.exp(3j * noise[::-1]),
-            "inputs": lambda noise: noise + 1j * noise[:, ::-1],
-        },
-        extremes=_decays(lambda decay: decay / np.abs(decay)),
-    ),
+    "linear_recurrence": {
+        "real": Mixer(
+            linear_recurrence,
+            axes={"decay": "batch time heads dim", "inputs": "batch time heads dim"},
+            state_axes=("batch heads dim", "batch"),
+            implementations=("sequential", "associative", "loop"),
+            default="loop",
+            transforms={"decay": lambda noise: _sigmoid(1 + 2 * noise)},
+            extremes=_decays(np.ones_like),
+        ),
+        "complex": Mixer(
+            linear_recurrence,
+            axes={"decay": "heads dim", "inputs": "batch time heads dim"},
+            state_axes=("batch heads dim", "batch"),
+            implementations=("sequential", "associative", "loop"),
+            default="loop",
+            transforms={
+                "decay": lambda noise: _sigmoid(1 + 2 * noise) * np.exp(3j * noise[::-1]),
+                "inputs": lambda noise: noise + 1j * noise[:, ::-1],
+            },
+            extremes=_decays(lambda decay: decay / np.abs(decay)),
+        ),
+    },
     "selective_scan": Mixer(
         selective_scan,
         axes={
@@ -172,6 +179,7 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
         },
         state_axes=("batch dim n", "batch"),
         implementations=("sequential", "associative", "loop"),
+        default="loop",
         sizes={"n": 4},
         transforms={"dt": lambda noise: np.logaddexp(0, noise - 1), "a": lambda noise: -np.exp(noise)},
         extremes={
@@ -184,7 +192,14 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
     ),
 }
 FORWARD_MODE = ("sequential", "associative", "dense", "parallel")
-IMPLEMENTATIONS = {"implementation": lambda mixer: (None, *mixer.implementations)}
+
+
+def _implementations(mixer):
+    """`None`, and the names of what it is not."""
+    return (None, *(name for name in mixer.implementations if name != mixer.default))
+
+
+IMPLEMENTATIONS = {"implementation": _implementations}
 STRUCTURES = IMPLEMENTATIONS | {"layout": testing.LAYOUTS, "carried": (False, True)}
 
 
@@ -286,7 +301,7 @@ def test_vmap(mixer, case):
 
 
 # The interpreter of kernels has effects that `jax.checkpoint` refuses: tests/pallas_kernels compiles this for a TPU.
-@over(implementation=lambda mixer: (None, *(name for name in mixer.implementations if name != "pallas")))
+@over(implementation=lambda mixer: [name for name in _implementations(mixer) if name != "pallas"])
 def test_layers(mixer, case):
     testing.check_layers(mixer, case.implementation)
 
