@@ -32,6 +32,7 @@ from primitives.linear_attention import (
     decay_gradient,
     from_chunks,
     in_blocks,
+    over_chunks,
     prepare,
     scan_tokens,
     to_chunks,
@@ -178,7 +179,7 @@ def _chunked_forward(chunk, q, k, v, g, beta, memory):
         q, k, v, g, beta = (to_chunks(x, chunk) for x in tokens)
         decays = chunk_decays(g)
         terms = _terms(q, k, v, beta, decays)
-        memory, memories = lax.scan(_pass_on, memory, (terms.transition, terms.added))
+        memory, memories = over_chunks(_pass_on, memory, (terms.transition, terms.added))
         written = terms.write - matmul("...ck,...kv->...cv", terms.erase, memories)
         outputs = matmul("...rij,...jv->...riv", terms.scores, written)
         outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
@@ -206,7 +207,7 @@ def _chunked_backward(chunk, residuals, cotangents):
         q_start = join_queries(q * from_start[..., None, :, :])
         read = matmul("...kc,...cv->...kv", transposed(q_start), join_queries(do))
         read -= matmul("...kc,...cv->...kv", transposed(terms.erase), dwritten)
-        dmemory, dmemories = lax.scan(_pass_on, dmemory, (transposed(terms.transition), read), reverse=True)
+        dmemory, dmemories = over_chunks(_pass_on, dmemory, (transposed(terms.transition), read), reverse=True)
 
         dwritten += matmul("...ck,...kv->...cv", k * to_end, dmemories)
         dright = matmul("...ji,...iv->...jv", transposed(terms.solution), dwritten)

@@ -213,7 +213,7 @@ def _chunked_forward(chunk, q, k, v, g, memory):
         q, k, v, g = (to_chunks(x, chunk) for x in tokens)
         decays = chunk_decays(g)
         added = matmul("...kc,...cv->...kv", transposed(k * decays.to_end), v)
-        memory, memories = lax.scan(_pass_on, memory, (decays.total, added))
+        memory, memories = over_chunks(_pass_on, memory, (decays.total, added))
         outputs = matmul("...rij,...jv->...riv", decayed_scores(q, k, decays), v)
         outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
         return memory, (from_chunks(outputs), memories)
@@ -234,7 +234,7 @@ def _chunked_backward(chunk, residuals, cotangents):
         from_start, to_end = decays.from_start[..., None, :, :], decays.to_end
         scores = decayed_scores(q, k, decays)
         read = matmul("...kc,...cv->...kv", transposed(join_queries(q * from_start)), join_queries(do))
-        dmemory, dmemories = lax.scan(_pass_on, dmemory, (decays.total, read), reverse=True)
+        dmemory, dmemories = over_chunks(_pass_on, dmemory, (decays.total, read), reverse=True)
 
         dq, dk_within = decayed_scores_gradient(matmul("...riv,...jv->...rij", do, v), q, k, decays)
         dq += from_start * matmul("...riv,...kv->...rik", do, memories)
@@ -257,6 +257,10 @@ def _pass_on(memory, chunk):
     """From the memory before a chunk to that after it, and the former; the same, backwards, for cotangents."""
     total, added = chunk
     return total[..., None] * memory + added, memory
+
+
+# From chunk to chunk of a block. Little work for each: unrolled, a quarter of the time of the whole is saved on a CPU.
+over_chunks = functools.partial(lax.scan, unroll=16)
 
 
 def decay_gradient(past, beyond, carried, g):
