@@ -29,4 +29,5 @@ def draw_growth(axis: Axes, growth: Mapping[str, Any], *, title: str) -> None:
         axis.loglog(growth["tokens"], seconds, "o-", label=f"{name}, exponent {growth['exponents'][name]:.2f}")
     axis.set(xlabel="tokens", ylabel="seconds", title=title)
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    axis.margins(y=0.3)
+    axis.legend(loc="upper left", fontsize="small")

@@ -3,6 +3,7 @@
 `make test` runs tables in which every value of every axis and every pair of values occurs, `make test-all` the product.
 """
 
+import importlib
 import itertools
 from functools import partial
 
@@ -16,6 +17,7 @@ from primitives import (
     attention,
     causal_attention,
     contract,
+    decays,
     delta_rule,
     init_attention_state,
     linear_attention,
@@ -369,6 +371,20 @@ def _dropped_decay(gate, decay, *rest):
     return prefix_scan_chunked_backward(gate, jnp.ones_like(decay), *rest)
 
 
+def _nothing_carried(past, beyond, carried, g):
+    return decay_gradient(past, beyond, 0 * carried, g)
+
+
+def _future_scores(q, k, decays):
+    return decays_scores(q, k, decays) + 0.1 * jnp.eye(k.shape[-2], k=1)
+
+
+def _first_order(lower):
+    return jnp.eye(lower.shape[-1]) - lower
+
+
+decay_gradient = importlib.import_module("primitives.linear_attention").decay_gradient
+decays_scores = decays.decayed_scores
 prefix_scan_chunk_masks, prefix_scan_chunked_backward = prefix_scan._chunk_masks, prefix_scan._chunked_backward
 contract_segments = contract.segments
 
@@ -391,8 +407,30 @@ def test_mutants_of_a_call_are_caught(mutant, law):
     ],
 )
 def test_mutants_of_the_code_are_caught(monkeypatch, module, name, mutant, law):
-    mixer = MIXERS["prefix_scan_attention"]._replace(function=lambda **arguments: prefix_scan_attention(**arguments))
-    law(mixer, PACKED)
+    _check_mutant(monkeypatch, MIXERS["prefix_scan_attention"], module, name, mutant, law)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "variant", "name", "mutant"),
+    [
+        ("linear_attention", "decay per token", "decay_gradient", _nothing_carried),
+        ("linear_attention", "decay per channel", "decayed_scores", _future_scores),
+        ("delta_rule", "no decay", "invert_unit_triangular", _first_order),
+        ("delta_rule", "decay per channel", "decay_gradient", _nothing_carried),
+    ],
+)
+def test_mutants_of_chunks_are_caught(monkeypatch, mixer, variant, name, mutant):
+    module = importlib.import_module(f"primitives.{mixer}")
+    _check_mutant(monkeypatch, MIXERS[mixer][variant], module, name, mutant, testing.check_definition)
+
+
+def _check_mutant(monkeypatch, mixer, module, name, mutant, law):
+    """A law holds, and no longer does with the mutant; a new function each time, so that it is traced again."""
+
+    def again():
+        return mixer._replace(function=lambda **arguments: mixer.function(**arguments))
+
+    law(again(), PACKED)
     monkeypatch.setattr(module, name, mutant)
     with pytest.raises(AssertionError):
-        law(mixer._replace(function=lambda **arguments: prefix_scan_attention(**arguments)), PACKED)
+        law(again(), PACKED)
