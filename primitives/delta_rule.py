@@ -34,7 +34,7 @@ from primitives.linear_attention import (
     in_blocks,
     over_chunks,
     prepare,
-    scan_tokens,
+    run_tokens,
     to_chunks,
 )
 
@@ -103,16 +103,9 @@ def delta_rule(
     contract.check_implementation(implementation, IMPLEMENTATIONS)
     chunk_size = check_chunk_size(chunk_size, sizes["time"], 32)
     tokens, state, segments = prepare(q, k, v, log_decay, state, DeltaRuleState, segment_ids, scale, beta)
-
-    if q.shape[1] == 1:
-        memory, outputs = _step(state.memory, jax.tree.map(lambda x: x[:, 0], tokens))
-        outputs = outputs[:, None]
-    elif implementation == "sequential" or not isinstance(q.shape[1], int):
-        memory, outputs = scan_tokens(_step, state.memory, tokens)
-    else:
-        outputs, memory = _chunked(chunk_size, *contract.vary_together(*tokens, state.memory))
-    outputs = contract.mask_padding(outputs.reshape(*outputs.shape[:2], -1, outputs.shape[-1]), segments.valid)
-    return outputs.astype(v.dtype), DeltaRuleState(memory, segments.last)
+    chunked = functools.partial(_chunked, chunk_size)
+    outputs, state = run_tokens(_step, chunked, implementation, tokens, state, segments)
+    return outputs.astype(v.dtype), state
 
 
 def _step(memory, token):

@@ -88,16 +88,9 @@ def linear_attention(
     contract.check_implementation(implementation, IMPLEMENTATIONS)
     chunk_size = check_chunk_size(chunk_size, sizes["time"], 64 if log_decay is None or log_decay.ndim < 4 else 32)
     tokens, state, segments = prepare(q, k, v, log_decay, state, LinearAttentionState, segment_ids, scale)
-
-    if q.shape[1] == 1:
-        memory, outputs = _step(state.memory, jax.tree.map(lambda x: x[:, 0], tokens))
-        outputs = outputs[:, None]
-    elif implementation == "sequential" or not isinstance(q.shape[1], int):
-        memory, outputs = scan_tokens(_step, state.memory, tokens)
-    else:
-        outputs, memory = _chunked(chunk_size, *contract.vary_together(*tokens, state.memory))
-    outputs = contract.mask_padding(outputs.reshape(*outputs.shape[:2], -1, outputs.shape[-1]), segments.valid)
-    return outputs.astype(v.dtype), LinearAttentionState(memory, segments.last)
+    chunked = functools.partial(_chunked, chunk_size)
+    outputs, state = run_tokens(_step, chunked, implementation, tokens, state, segments)
+    return outputs.astype(v.dtype), state
 
 
 # --- What the delta rule shares -----------------------------------------------------------------------------------
@@ -177,10 +170,21 @@ def repeat_heads(x, heads):
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def scan_tokens(step, memory, tokens):
-    """The recurrence as it is written, token by token."""
-    memory, outputs = lax.scan(step, memory, jax.tree.map(lambda x: x.swapaxes(0, 1), tokens))
-    return memory, outputs.swapaxes(0, 1)
+def run_tokens(step, chunked, implementation, tokens, state, segments):
+    """One step, all of them in a scan, or all in chunks: outputs ``[batch, time, heads, value_dim]`` and the state."""
+    time = tokens[0].shape[1]
+    if time == 1:
+        memory, outputs = step(state.memory, jax.tree.map(lambda x: x[:, 0], tokens))
+        outputs = outputs[:, None]
+    elif implementation == "chunked" and not isinstance(time, int):
+        raise ValueError(f"time: expected a static length for implementation 'chunked', got {time}")
+    elif implementation == "sequential" or not isinstance(time, int):
+        memory, outputs = lax.scan(step, state.memory, jax.tree.map(lambda x: x.swapaxes(0, 1), tokens))
+        outputs = outputs.swapaxes(0, 1)
+    else:
+        outputs, memory = chunked(*contract.vary_together(*tokens, state.memory))
+    outputs = outputs.reshape(*outputs.shape[:2], -1, outputs.shape[-1])
+    return contract.mask_padding(outputs, segments.valid), state._replace(memory=memory, segment=segments.last)
 
 
 # --- The recurrence -----------------------------------------------------------------------------------------------

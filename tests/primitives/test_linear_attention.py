@@ -104,6 +104,17 @@ def test_refusals():
         normalised_linear_attention(q, k, v, epsilon=0.0)
 
 
+def test_any_length_at_once():
+    """A symbolic length is served by the scan, with the state, and refused where chunks are asked for."""
+    (time,) = jax.export.symbolic_shape("time")
+    shapes = [jax.ShapeDtypeStruct((2, time, 2, size), jnp.float32) for size in (8, 8, 12, 8)]
+    exported = jax.export.export(jax.jit(linear_attention))(*shapes)
+    inputs = [jnp.asarray(x, jnp.float32) for x in example(time=37)]
+    assert_close(exported.call(*inputs), linear_attention(*inputs), "float32", "exported")
+    with pytest.raises(ValueError, match="time: expected a static length for implementation 'chunked'"):
+        jax.export.export(jax.jit(functools.partial(linear_attention, implementation="chunked")))(*shapes)
+
+
 @jax.enable_x64(True)
 @pytest.mark.parametrize("segmented", [False, True])
 def test_ssd_is_the_state_space(segmented):
