@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from primitives import contract
 from primitives.decays import (
+    FLOOR,
     chunk_decays,
     decayed_scores,
     decayed_scores_gradient,
@@ -272,12 +273,14 @@ def decay_gradient(past, beyond, carried, g):
 
     `past` are queries less keys that meet within the chunk, `beyond` keys that are read behind it, `carried` what
     passes through all of it. Nothing that passes t is counted twice and subtracted again, except within the chunk.
+    Nothing passes a decay of zero: there the sums cancel, and what rounding leaves of them is dropped.
     """
     if g.shape[-1] == 1:
         past, beyond, carried = (jnp.sum(x, axis=-1, keepdims=True) for x in (past, beyond, carried))
     t, i = np.indices((g.shape[-2],) * 2)
     after, before = (jnp.asarray(x, g.dtype) for x in (i >= t, i < t))
-    return matmul("ti,...ic->...tc", after, past) + matmul("ti,...ic->...tc", before, beyond) + carried[..., None, :]
+    passing = matmul("ti,...ic->...tc", after, past) + matmul("ti,...ic->...tc", before, beyond)
+    return jnp.where(g > FLOOR, passing + carried[..., None, :], 0)
 
 
 def in_blocks(tokens, chunk):

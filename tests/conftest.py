@@ -22,7 +22,7 @@ TESTS = itertools.count(1)
 
 def pytest_runtest_teardown():
     """Drop compiled programs now and then: each maps memory, and a process may have 65,530 maps."""
-    if next(TESTS) % 60 == 0:
+    if next(TESTS) % 150 == 0:
         jax.clear_caches()
 
 
