@@ -64,7 +64,7 @@ def sequence_parallel(
     def pass_on(state, numbered):
         number, (local, kept, first) = numbered
         continued = (first == state.segment) | (first < 0)
-        fields = compose(state[:-1], local[:-1], jax.tree.map(lambda x: x * _along(continued, x), kept))
+        fields = compose(state[:-1], local[:-1], kept * _along(continued, kept))
         after = type(local)(*fields, jnp.where(first < 0, state.segment, local.segment))
         earlier = number < lax.axis_index(axis_name)
         return jax.tree.map(functools.partial(jnp.where, earlier), after, state), None

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import zoo
+from primitives import rotary
 from zoo.token_mixers import aaren, transformer
 
 
@@ -80,7 +81,7 @@ def test_rotary_logits_depend_on_distances_only():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 2, 4)), jnp.float32)
 
     def logits(positions):
-        return jnp.einsum("bthd,bshd->bhts", *(transformer.rotate(x, positions[None]),) * 2)
+        return jnp.einsum("bthd,bshd->bhts", *(rotary(x, positions[None]),) * 2)
 
     chex.assert_trees_all_close(logits(jnp.arange(6)), logits(jnp.arange(6) + 100), atol=1e-4)
     assert not jnp.allclose(logits(jnp.arange(6)), logits(2 * jnp.arange(6)), atol=1e-2)

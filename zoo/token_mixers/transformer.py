@@ -23,8 +23,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import causal_attention
-from primitives import rotary as rotate
+from primitives import causal_attention, rotary
 from zoo.layers import PositionState, StackConfig, count_positions, fresh_positions
 from zoo.token_mixers import aaren
 
@@ -48,7 +47,7 @@ class SelfAttention(nnx.Module):
             if state is not None:
                 before = PositionState(state.index - state.start, state.segment)
             positions, _ = count_positions(segment_ids, before, x.shape[1])
-            q, k = rotate(q, positions), rotate(k, positions)
+            q, k = rotary(q, positions), rotary(k, positions)
         outputs, state = causal_attention(q, k, v, state=state, segment_ids=segment_ids)
         return self.output(outputs.reshape(x.shape)), state
 
