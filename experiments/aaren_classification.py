@@ -85,7 +85,8 @@ class Config:
         check_positive(self, except_for=("dropout", "weight_decay"))
         if self.stream_tokens % self.stream_block or self.stream_tokens < 2 * self.stream_block:
             raise ValueError(f"stream_tokens: expected two or more whole blocks of {self.stream_block} tokens")
-        zoo.AarenConfig(self.width, self.layers, self.heads, self.hidden, dropout=self.dropout)  # refuses misfits
+        mixers = (zoo.AarenConfig(self.heads),)
+        zoo.StackConfig(self.width, self.layers, mixers, hidden=self.hidden, dropout=self.dropout)  # refuses misfits
 
 
 PRESETS: dict[str, Config] = {

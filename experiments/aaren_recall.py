@@ -58,7 +58,7 @@ class Config:
 
     def __post_init__(self):
         check_positive(self)
-        zoo.AarenConfig(self.width, self.layers, self.heads)  # refuses what does not fit
+        zoo.StackConfig(self.width, self.layers, (zoo.AarenConfig(self.heads),))  # refuses what does not fit
         associative_recall(0, 0, batch_size=1, **self.sizes())
 
     def sizes(self) -> dict[str, int]:

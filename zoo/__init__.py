@@ -1,12 +1,12 @@
 """Models of sequence mixing in Flax NNX, used as plain pytrees: one file per paper, shared blocks once."""
 
 from pallas_kernels import __version__
-from zoo.create import create_model, list_models
-from zoo.layers import Block, Stack, StackConfig, StackState
+from zoo.create import create_model, list_mixers, list_models
+from zoo.layers import Block, MixerConfig, Stack, StackConfig, StackState
 from zoo.models import Classifier, Forecaster, LanguageModel, PooledState
 from zoo.states import grow_state, init_state, state_bytes
 from zoo.token_mixers.aaren import Aaren, AarenConfig
-from zoo.token_mixers.transformer import SelfAttention, TransformerConfig
+from zoo.token_mixers.transformer import SelfAttention, SelfAttentionConfig
 
 __all__ = [
     "Aaren",
@@ -15,16 +15,18 @@ __all__ = [
     "Classifier",
     "Forecaster",
     "LanguageModel",
+    "MixerConfig",
     "PooledState",
     "SelfAttention",
+    "SelfAttentionConfig",
     "Stack",
     "StackConfig",
     "StackState",
-    "TransformerConfig",
     "__version__",
     "create_model",
     "grow_state",
     "init_state",
+    "list_mixers",
     "list_models",
     "state_bytes",
 ]

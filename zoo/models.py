@@ -168,6 +168,7 @@ class LanguageModel(nnx.Module):
         self.head = (
             None if tied else nnx.Linear(config.width, vocabulary, use_bias=False, dtype=config.dtype, rngs=rngs)
         )
+        self.dtype = config.dtype
 
     def __call__(
         self,
@@ -179,9 +180,10 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "batch time vocabulary"], StackState]:
         """Logits, float32 or wider, after every token; arbitrary at padding (any valid token)."""
         contract.check_shapes(inputs=(inputs, "batch time"), segment_ids=(segment_ids, "batch time"))
-        x = self.embed(inputs) * self.embed.features**0.5
+        embedding = self.embed.embedding[...]  # `nnx.Embed` computes in float32 where no dtype is given
+        x = (embedding[inputs] * self.embed.features**0.5).astype(self.dtype or embedding.dtype)
         x, state = self.stack(x, state, segment_ids=segment_ids, key=key)
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        logits = x @ embedding.T.astype(x.dtype) if self.head is None else self.head(x)
         return logits.astype(contract.accumulation_dtype(x)), state
 
     def init_state(self, batch: int, capacity: int = 1) -> StackState:

@@ -1,5 +1,6 @@
 """States of models as wholes: a fresh one, a larger one, and how many bytes it takes."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,17 @@ def init_state(model: nnx.Module, inputs: Shaped[Array, "batch one ..."], capaci
 def grow_state(state: Any, capacity: int) -> Any:
     """The same state with room for `capacity` tokens in its caches; other states stay as they are.
 
-    States of several models at once grow under `jax.vmap`, as they are used.
+    Additional leading axes, of stacked layers or models, stay too.
     Raises `ValueError` for less than the present capacity.
     """
 
     def grow(node):
-        return grow_attention_state(node, capacity) if _is_cache(node) else node
+        if not _is_cache(node):
+            return node
+        function = functools.partial(grow_attention_state, capacity=capacity)
+        for _ in range(node.index.ndim - 1):
+            function = jax.vmap(function)
+        return function(node)
 
     return jax.tree.map(grow, state, is_leaf=_is_cache)
 

@@ -18,7 +18,8 @@ def count(build):
 
 @pytest.mark.parametrize(("presets", "parameters"), [(aaren.PRESETS, 3_152_896), (transformer.PRESETS, 3_152_384)])
 def test_parameters_of_the_paper(presets, parameters):
-    assert count(lambda: zoo.Block(presets["paper"], rngs=nnx.Rngs(0))) == parameters
+    config = presets["paper"]
+    assert count(lambda: zoo.Block(config, *config.pattern, 0, rngs=nnx.Rngs(0))) == parameters
 
 
 def test_one_vector_more_than_the_transformer_in_every_preset():
@@ -28,8 +29,8 @@ def test_one_vector_more_than_the_transformer_in_every_preset():
 
 
 def mixer_and_inputs(kind, dtype=jnp.float64, **options):
-    config = kind(width=8, heads=2, **options)
-    mixer = jax.tree.map(lambda x: (2 * x + 0.1).astype(dtype), config.mixer(rngs=nnx.Rngs(0)))
+    stack = zoo.StackConfig(width=8, pattern=(kind(heads=2, **options),))
+    mixer = jax.tree.map(lambda x: (2 * x + 0.1).astype(dtype), stack.pattern[0].mixer(stack, 0, rngs=nnx.Rngs(0)))
     return mixer, jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 8)), dtype)
 
 
@@ -60,17 +61,17 @@ def test_aaren_is_a_gated_moving_average():
 
 
 def test_aaren_forgets_the_order_of_a_prefix_and_the_transformer_does_not():
-    for kind, same in ((zoo.AarenConfig, True), (zoo.TransformerConfig, True)):
+    for kind, same in ((zoo.AarenConfig, True), (zoo.SelfAttentionConfig, True)):
         mixer, x = mixer_and_inputs(kind, jnp.float32)
         swapped = x.at[:, :2].set(x[:, 1::-1])
         assert jnp.allclose(mixer(x)[0][:, 2:], mixer(swapped)[0][:, 2:], atol=1e-5) == same
-    mixer, x = mixer_and_inputs(zoo.TransformerConfig, jnp.float32, position="rotary")
+    mixer, x = mixer_and_inputs(zoo.SelfAttentionConfig, jnp.float32, rotary=True)
     assert not jnp.allclose(mixer(x)[0][:, 2:], mixer(x.at[:, :2].set(x[:, 1::-1]))[0][:, 2:], atol=1e-3)
 
 
 def test_transformer_is_multi_head_attention():
     with jax.enable_x64(True):
-        mixer, x = mixer_and_inputs(zoo.TransformerConfig)
+        mixer, x = mixer_and_inputs(zoo.SelfAttentionConfig)
         q, k, v = map(split, jnp.split(mixer.query_key_value(x), 3, axis=-1))
         s = jnp.where(jnp.tril(jnp.ones((7, 7), bool)), jnp.einsum("bthd,bshd->bhts", q, k) / 2, -jnp.inf)
         expected = mixer.output(jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s), v).reshape(x.shape))

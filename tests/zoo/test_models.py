@@ -14,10 +14,19 @@ from zoo.layers import dropout
 
 TIME = 12
 STACKS = {  # every value of every option
-    "aaren": {"position": "none", "norm": "pre", "activation": "relu"},
-    "aaren-post": {"position": "sinusoidal", "norm": "post"},
-    "transformer": {"position": "rotary", "norm": "pre"},
-    "transformer-post": {"position": "learned", "norm": "post", "kv_heads": 1, "max_length": TIME},
+    "aaren": {"position": "none", "norm_place": "pre", "activation": "relu", "norm": "rms", "checkpoint": True},
+    "aaren-post": {"position": "sinusoidal", "norm_place": "post", "gated": True, "activation": "silu", "bias": False},
+    "transformer": {"rotary": True, "norm_place": "pre", "norm": "simple_rms", "activation": "identity"},
+    "transformer-post": {"position": "learned", "norm_place": "post", "kv_heads": 1, "max_length": TIME},
+    "aaren-hybrid": {
+        "first": ["attention"],
+        "pattern": ["aaren", "attention"],
+        "layers": 5,
+        "heads": 2,
+        "scan": True,
+        "hidden": 0,
+        "checkpoint": True,
+    },
 }
 HEADS = {
     "classifier": {"channels": 3, "classes": 5, "pooling": "mean"},
@@ -233,20 +242,46 @@ def test_states_survive_export():
 
 
 def test_wrong_inputs():
-    model = create("aaren", "classifier")
+    model, config = create("aaren", "classifier"), zoo.StackConfig(pattern=(zoo.AarenConfig(),))
     with pytest.raises(ValueError, match="inputs: expected shape"):
         model(jnp.zeros((2, 5)))
     with pytest.raises(TypeError, match="state: expected None or PooledState"):
         model(jnp.zeros((2, 5, 3)), (1, 2))
     for change, message in (
-        ({"norm": "middle"}, "norm: expected one of post, pre"),
-        ({"position": "rotary"}, "position: Aaren has no query per token"),
-        ({"heads": 3}, "width: expected a multiple of the 3 heads"),
+        ({"norm_place": "middle"}, "norm_place: expected one of post, pre"),
+        ({"norm": "rsm"}, "norm: expected one of .* did you mean rms"),
+        ({"activation": "tanh"}, "activation"),
+        ({"pattern": (zoo.AarenConfig(heads=3),)}, "heads: expected a divisor of the width, 64, got 3"),
+        ({"pattern": (zoo.SelfAttentionConfig(kv_heads=3),)}, "kv_heads: expected a divisor of the 4 heads, got 3"),
+        ({"pattern": (zoo.SelfAttentionConfig(heads=64, rotary=True),)}, "rotary: expected heads of even size, got 1"),
+        ({"pattern": ()}, "pattern: expected at least one mixer"),
+        ({"layers": 3, "pattern": (zoo.AarenConfig(),) * 2}, "layers: expected 0 first ones and a multiple of the 2"),
+        ({"hidden": -1}, "hidden"),
         ({"dropout": 1.0}, "dropout"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(zoo.AarenConfig(), **change)
-    with pytest.raises(ValueError, match="kv_heads: expected a divisor of the 4 heads, got 3"):
-        zoo.TransformerConfig(kv_heads=3)
+            dataclasses.replace(config, **change)
+    with pytest.raises(TypeError, match="pattern: expected configurations of mixers, got 'aaren'"):
+        dataclasses.replace(config, pattern=("aaren",))
+    with pytest.raises(ValueError, match=r"pattern: expected one of .* did you mean attention"):
+        zoo.create_model("aaren", rngs=nnx.Rngs(0), pattern=["atention"])
     with pytest.raises(NotImplementedError, match="names no mixer"):
-        zoo.Stack(zoo.StackConfig(), rngs=nnx.Rngs(0))
+        zoo.Stack(dataclasses.replace(config, pattern=(zoo.MixerConfig(),)), rngs=nnx.Rngs(0))
+
+
+def test_scanned_layers_equal_listed_ones():
+    """The same parameters, stacked or not: the same numbers, with dropout too."""
+    options = {"first": ["attention"], "pattern": ["aaren", "attention"], "layers": 5, "dropout": 0.2}
+    scanned, listed = (create("aaren", "classifier", scan=scan, **options) for scan in (True, False))
+    first, *period = scanned.stack.blocks
+    for i in range(2):
+        for j in range(2):
+            listed.stack.blocks[1 + 2 * i + j] = jax.tree.map(lambda x, i=i: x[i], period[j])
+    listed.stack.blocks[0] = first
+    for name in ("embed", "head"):
+        setattr(listed, name, getattr(scanned, name))
+    inputs, key = inputs_for("classifier"), jax.random.key(3)
+    call = jax.jit(lambda model: model(inputs, key=key)[0])
+    chex.assert_trees_all_close(call(scanned), call(listed), rtol=1e-4, atol=1e-5)
+    assert len(scanned.init_state(2).stack.layers) == 3
+    assert len(listed.init_state(2).stack.layers) == 5

@@ -20,38 +20,38 @@ Deviations and what the paper (its text; we had neither its appendix nor code) l
   all logits of a head alike: as in every softmax attention it has no effect, and its gradient is zero.)
 - The scale 1/√d_h is that of the Transformer; q starts from N(0, 0.02²), the projections from LeCun normals with zero
   biases; dropout acts on residual branches only, since Aaren forms no weights that could be dropped.
-- Norm before or after, and positions, are options of the stack. Rotary positions need a query per token: refused.
+- Norm before or after, and positions, are options of the stack. There is no query per token that could be rotated.
 - Presets: "paper" is the layer whose parameters the paper counts, with the heads of its forecasting base code. The
   settings' presets are **defaults of the base codes that the paper builds on, not confirmed as its own**; what a base
   code adds around the stack (embeddings by convolution, an encoder-decoder for forecasting) is not here.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from primitives import contract, prefix_scan_attention
-from zoo.layers import StackConfig
+from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads
 
 
 class Aaren(nnx.Module):
     """The mixer: parameters of self-attention and one learned query. Its state is a `primitives.PrefixState`."""
 
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
-        width, self.heads = config.width, config.heads
-        self.learned_query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
+    def __init__(self, config: "AarenConfig", stack: StackConfig, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.learned_query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (stack.width,)))
         self.query, self.key, self.value, self.output = (
-            nnx.Linear(width, width, dtype=config.dtype, rngs=rngs) for _ in range(4)
+            stack.linear(stack.width, bias=True, rngs=rngs) for _ in range(4)
         )
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
-        values = self.value(x)
-        values = values.reshape(*values.shape[:2], self.heads, -1)
+        values = split_heads(self.value(x), self.heads)
         outputs, state = prefix_scan_attention(self.logits(x), values, state=state, segment_ids=segment_ids)
-        return self.output(outputs.reshape(x.shape)), state
+        return self.output(merge_heads(outputs)), state
 
     def logits(self, x):
         """``s = ⟨x, W_k q_h⟩ + ⟨b_k, q_h⟩`` with ``q_h = (W_q q + b_q)_h / √d_h``, float32 or wider."""
@@ -63,25 +63,29 @@ class Aaren(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class AarenConfig(StackConfig):
-    """A stack of Aaren blocks."""
+class AarenConfig(MixerConfig):
+    """Aaren with a number of heads."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.position == "rotary":
-            raise ValueError("position: Aaren has no query per token to rotate; expected none, sinusoidal or learned")
+    heads: int = 4
 
-    def mixer(self, *, rngs: nnx.Rngs) -> Aaren:
+    def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> Aaren:
         """One Aaren."""
-        return Aaren(self, rngs=rngs)
+        return Aaren(self, stack, rngs=rngs)
 
 
-PRESETS = {
-    "tiny": AarenConfig(width=16, layers=2, heads=2, hidden=32),
-    "paper": AarenConfig(width=512, layers=1, heads=8, hidden=2048),
-    # Base-code defaults: min-decision-transformer (feed-forward: 4 × width, our reading), meta-tpp, and twice TSLib.
-    "reinforcement_learning": AarenConfig(128, 3, 1, 512, norm="post", position="learned", dropout=0.1),
-    "event_forecasting": AarenConfig(64, 2, 1, 64, dropout=0.1),
-    "time_series_forecasting": AarenConfig(512, 2, 8, 2048, norm="post", position="sinusoidal", dropout=0.1),
-    "time_series_classification": AarenConfig(128, 3, 8, 256, norm="post", position="sinusoidal", dropout=0.1),
-}
+def presets(mixer: Callable[..., MixerConfig]) -> dict[str, StackConfig]:
+    """The same sizes for Aaren and the Transformer that it is compared with."""
+    one, two, eight = ((mixer(heads=heads),) for heads in (1, 2, 8))
+    post = {"norm_place": "post", "position": "sinusoidal", "dropout": 0.1}
+    return {
+        "tiny": StackConfig(16, 2, two, hidden=32),
+        "paper": StackConfig(512, 1, eight, hidden=2048),
+        # Base-code defaults: min-decision-transformer (feed-forward: 4 × width, our reading), meta-tpp, twice TSLib.
+        "reinforcement_learning": StackConfig(128, 3, one, hidden=512, **post | {"position": "learned"}),
+        "event_forecasting": StackConfig(64, 2, one, hidden=64, dropout=0.1),
+        "time_series_forecasting": StackConfig(512, 2, eight, hidden=2048, **post),
+        "time_series_classification": StackConfig(128, 3, eight, hidden=256, **post),
+    }
+
+
+PRESETS = presets(AarenConfig)

@@ -15,7 +15,9 @@ width 512 with feed-forward 2048 has the 3,152,384 parameters that "Attention as
 start from LeCun normals. Sinusoids come as sines first, then cosines, not interleaved. No dropout of weights, no label
 smoothing. Two options are newer: rotary positions (Jianlin Su et al.: RoFormer, 2021, arXiv:2104.09864, equation 34,
 with the halves of a head as pairs) and fewer key/value heads (Joshua Ainslie et al.: GQA, 2023, arXiv:2305.13245).
-Presets: "base" and "big" are the rows of the paper's table 3; the others are those of `zoo.token_mixers.aaren`.
+Presets: "base" and "big" are the rows of the paper's table 3; "plus_plus" is the recipe that papers on recurrences call
+Transformer++ (rotary positions, RMS norms, SwiGLU, no biases) in our choice of sizes; the others are those of
+`zoo.token_mixers.aaren`.
 """
 
 import dataclasses
@@ -24,23 +26,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import causal_attention, rotary
-from zoo.layers import PositionState, StackConfig, count_positions, fresh_positions
+from zoo.layers import (
+    MixerConfig,
+    PositionState,
+    StackConfig,
+    count_positions,
+    fresh_positions,
+    merge_heads,
+    split_heads,
+)
 from zoo.token_mixers import aaren
 
 
 class SelfAttention(nnx.Module):
     """The mixer. Its state is a `primitives.AttentionState`."""
 
-    def __init__(self, config: "TransformerConfig", *, rngs: nnx.Rngs):
-        width, self.heads, self.kv_heads = config.width, config.heads, config.kv_heads or config.heads
-        self.rotary = config.position == "rotary"
-        kv_width = width // self.heads * self.kv_heads
-        self.query_key_value = nnx.Linear(width, width + 2 * kv_width, dtype=config.dtype, rngs=rngs)
-        self.output = nnx.Linear(width, width, dtype=config.dtype, rngs=rngs)
+    def __init__(self, config: "SelfAttentionConfig", stack: StackConfig, *, rngs: nnx.Rngs):
+        self.heads, self.kv_heads, self.rotary = config.heads, config.kv_heads or config.heads, config.rotary
+        heads = self.heads + 2 * self.kv_heads
+        self.query_key_value = stack.linear(stack.width // self.heads * heads, bias=config.biases, rngs=rngs)
+        self.output = stack.linear(stack.width, bias=config.biases, rngs=rngs)
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
-        heads = self.query_key_value(x).reshape(*x.shape[:2], self.heads + 2 * self.kv_heads, -1)
+        heads = split_heads(self.query_key_value(x), self.heads + 2 * self.kv_heads)
         q, k, v = jnp.split(heads, (self.heads, self.heads + self.kv_heads), axis=2)
         if self.rotary:
             before = fresh_positions(segment_ids, x.shape[0])
@@ -49,29 +58,46 @@ class SelfAttention(nnx.Module):
             positions, _ = count_positions(segment_ids, before, x.shape[1])
             q, k = rotary(q, positions), rotary(k, positions)
         outputs, state = causal_attention(q, k, v, state=state, segment_ids=segment_ids)
-        return self.output(outputs.reshape(x.shape)), state
+        return self.output(merge_heads(outputs)), state
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(StackConfig):
-    """A stack of Transformer blocks; `kv_heads` divides `heads` (`None`: as many)."""
+class SelfAttentionConfig(MixerConfig):
+    """Self-attention.
 
+    Attributes:
+        heads: Of queries.
+        kv_heads: Of keys and values, a divisor of `heads`; `None`: as many.
+        rotary: Whether queries and keys are turned by their positions.
+        biases: Whether projections have biases.
+    """
+
+    heads: int = 4
     kv_heads: int | None = None
+    rotary: bool = False
+    biases: bool = True
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self, stack: StackConfig) -> None:
+        """Raise `ValueError` for heads that do not fit."""
+        super().check(stack)
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: expected a divisor of the {self.heads} heads, got {self.kv_heads}")
-        if self.position == "rotary" and self.width // self.heads % 2:
-            raise ValueError(f"position: rotary needs heads of even size, got {self.width // self.heads}")
+        if self.rotary and stack.width // self.heads % 2:
+            raise ValueError(f"rotary: expected heads of even size, got {stack.width // self.heads}")
 
-    def mixer(self, *, rngs: nnx.Rngs) -> SelfAttention:
+    def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> SelfAttention:
         """One self-attention."""
-        return SelfAttention(self, rngs=rngs)
+        return SelfAttention(self, stack, rngs=rngs)
 
 
+_HEADS = {heads: (SelfAttentionConfig(heads),) for heads in (8, 16)}
+_PAPER = {"norm_place": "post", "position": "sinusoidal", "activation": "relu"}
+_PLUS = (SelfAttentionConfig(16, rotary=True, biases=False),)
 PRESETS = {
-    **{name: TransformerConfig(**dataclasses.asdict(config)) for name, config in aaren.PRESETS.items()},
-    "base": TransformerConfig(512, 6, 8, 2048, norm="post", position="sinusoidal", activation="relu", dropout=0.1),
-    "big": TransformerConfig(1024, 6, 16, 4096, norm="post", position="sinusoidal", activation="relu", dropout=0.3),
+    **aaren.presets(SelfAttentionConfig),
+    "base": StackConfig(512, 6, _HEADS[8], hidden=2048, dropout=0.1, **_PAPER),
+    "big": StackConfig(1024, 6, _HEADS[16], hidden=4096, dropout=0.3, **_PAPER),
+    "plus_plus": StackConfig(
+        1024, 24, _PLUS, hidden=2816, gated=True, activation="silu", bias=False, norm="rms", scan=True
+    ),
 }
