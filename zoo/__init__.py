@@ -2,6 +2,7 @@
 
 from pallas_kernels import __version__
 from zoo.create import create_model, list_mixers, list_models
+from zoo.generate import generate
 from zoo.layers import Block, MixerConfig, Stack, StackConfig, StackState
 from zoo.models import Classifier, Forecaster, LanguageModel, PooledState
 from zoo.states import grow_state, init_state, state_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "StackState",
     "__version__",
     "create_model",
+    "generate",
     "grow_state",
     "init_state",
     "list_mixers",

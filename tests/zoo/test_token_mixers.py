@@ -1,0 +1,103 @@
+"""What every mixer of the zoo must keep, by the names that patterns are made of; their own tests have their equations."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import zoo
+from zoo.create import MIXERS
+
+TIME = 12
+IDS = np.asarray([[0] * 5 + [-1] * 2 + [2] * 5, [-1] * 3 + [1] * 9], np.int32)
+mixers = pytest.mark.parametrize("name", MIXERS)
+
+
+def create(name, parameters=jnp.float64, **options):
+    """A mixer as of the second of two layers, whose number is traced, with larger parameters than at the start."""
+    stack = zoo.StackConfig(16, 2, (MIXERS[name],), **options)
+    mixer = jax.jit(lambda layer: MIXERS[name].mixer(stack, layer, rngs=nnx.Rngs(0)))(1)
+    graph, trained, constant = nnx.split(mixer, nnx.Param, ...)
+    trained = jax.tree.map(lambda x: 1.5 * x + 0.01, trained)
+    return jax.tree.map(lambda x: x.astype(parameters), nnx.merge(graph, trained, constant))
+
+
+def inputs(dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, TIME, 16)), dtype)
+
+
+@mixers
+def test_steps_documents_and_states(name):
+    """Tokens one by one, over packed and padded rows, equal the whole; documents equal themselves alone."""
+    with jax.enable_x64(True):
+        mixer, x, ids = create(name), inputs(), jnp.asarray(IDS)
+        assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(mixer))
+        fresh = jax.jit(lambda mixer: zoo.init_state(mixer, x[:, :1], TIME))(mixer)
+
+        @jax.jit
+        def run(mixer, x, ids):
+            def step(state, token):
+                outputs, state = mixer(token[0][:, None], state, segment_ids=token[1][:, None])
+                return state, outputs[:, 0]
+
+            whole, _ = mixer(x, segment_ids=ids)
+            state, steps = jax.lax.scan(step, fresh, (x.swapaxes(0, 1), ids.T))
+            return whole, steps.swapaxes(0, 1), mixer(x[:1, 7:])[0], state
+
+        whole, steps, alone, state = run(mixer, x, ids)
+        chex.assert_tree_all_finite(whole)
+        chex.assert_trees_all_close(steps[ids >= 0], whole[ids >= 0], rtol=0, atol=1e-11)
+        chex.assert_trees_all_close(alone[0], whole[0, 7:], rtol=0, atol=1e-11)
+        chex.assert_trees_all_equal_shapes(state, fresh)
+        wide = {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} <= {"float64", "complex128", "int32"}
+        assert wide, "a state is narrower than its inputs"
+        step = jax.jit(lambda x, state: mixer(x, state))
+        assert jax.export.export(step)(x[:, :1], state).serialize()
+
+
+@mixers
+def test_gradients_pass_through_the_state(name):
+    """Two pieces equal the whole in every gradient, and every parameter has one."""
+    with jax.enable_x64(True):
+        mixer, x, ids = create(name), inputs(), jnp.asarray(IDS)
+
+        def whole(mixer, x):
+            y, _ = mixer(x, segment_ids=ids)
+            return jnp.sum(jnp.where((ids >= 0)[..., None], y, 0) ** 2)
+
+        def pieces(mixer, x):
+            state = zoo.grow_state(zoo.init_state(mixer, x[:, :1]), TIME)
+            first, state = mixer(x[:, :8], state, segment_ids=ids[:, :8])
+            second, _ = mixer(x[:, 8:], state, segment_ids=ids[:, 8:])
+            y = jnp.concatenate([first, second], axis=1)
+            return jnp.sum(jnp.where((ids >= 0)[..., None], y, 0) ** 2)
+
+        both = jax.jit(lambda *args: [jax.grad(loss, argnums=(0, 1))(*args) for loss in (whole, pieces)])
+        expected, found = both(mixer, x)
+        chex.assert_trees_all_close(found, expected, rtol=1e-8, atol=1e-9)
+        chex.assert_tree_all_finite(expected)
+        parameters = nnx.state(expected[0], nnx.Param)
+        unused = {
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree.leaves_with_path(parameters)
+            if not jnp.any(jnp.abs(leaf) > 1e-14)
+        }
+        assert not unused - ALLOWED.get(name, set()), f"no gradient reaches {unused}"
+
+
+# A constant added to all logits of a softmax has no effect.
+ALLOWED = {"aaren": {"['key']['bias'].value"}}
+
+
+@mixers
+def test_precision(name):
+    """In bfloat16 the outputs are near those in float32, of which they have the parameters."""
+    exact, rough = (create(name, jnp.float32, dtype=dtype) for dtype in (None, jnp.bfloat16))
+    x = inputs(jnp.float32)
+    expected, found = (jax.jit(lambda mixer: mixer(x)[0])(mixer) for mixer in (exact, rough))
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {jnp.dtype("float32")}
+    assert found.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(found.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+    assert 1e-4 < error < 5e-2
