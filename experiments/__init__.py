@@ -18,7 +18,10 @@ EXPERIMENTS: tuple[str, ...] = (
     "aaren_recall",
     "benchmark_prefix_scan",
     "benchmark_recurrences",
+    "byte_language_models",
+    "compile_language_models",
     "compile_prefix_scan",
+    "mqar",
 )
 """The modules of this package that are experiments, in the order in which `list` shows them."""
 

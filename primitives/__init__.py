@@ -1,8 +1,26 @@
 """Sequence mixers as pure functions on arrays: state in, state out, one function for training and streaming."""
 
 from pallas_kernels import __version__
-from primitives.attention import AttentionState, causal_attention, grow_attention_state, init_attention_state
+from primitives.attention import (
+    AttentionState,
+    cache_positions,
+    causal_attention,
+    grow_attention_state,
+    init_attention_state,
+    sigmoid_attention,
+)
 from primitives.delta_rule import DeltaRuleState, delta_rule
+from primitives.dynamical_systems import (
+    DynamicalSystem,
+    causal_map,
+    gated_rnn_system,
+    linear_attention_system,
+    normalised_system,
+    run_system,
+    selective_scan_system,
+    softmax_attention_system,
+    ssd_system,
+)
 from primitives.feature_maps import (
     NormaliserState,
     elu_plus_one,
@@ -12,6 +30,7 @@ from primitives.feature_maps import (
     relu,
     taylor_features,
 )
+from primitives.flow_attention import FlowAttentionState, causal_flow_attention, flow_attention
 from primitives.linear_attention import LinearAttentionState, linear_attention
 from primitives.linear_recurrence import LinearRecurrenceState, linear_recurrence
 from primitives.normalised_linear_attention import normalised_linear_attention
@@ -20,6 +39,7 @@ from primitives.prefix_scan import PrefixState, prefix_scan_attention
 from primitives.selective_scan import SelectiveScanState, selective_scan
 from primitives.sequence_parallel import sequence_parallel
 from primitives.short_convolution import ShortConvolutionState, short_convolution
+from primitives.sliding_window import SlidingWindowState, sliding_window_attention
 from primitives.ssd import ssd
 from primitives.state_spaces import (
     diagonal_state_space,
@@ -33,41 +53,57 @@ from primitives.state_spaces import (
 __all__ = [
     "AttentionState",
     "DeltaRuleState",
+    "DynamicalSystem",
+    "FlowAttentionState",
     "LinearAttentionState",
     "LinearRecurrenceState",
     "NormaliserState",
     "PrefixState",
     "SelectiveScanState",
     "ShortConvolutionState",
+    "SlidingWindowState",
     "__version__",
     "alibi_bias",
     "alibi_slopes",
     "angles",
+    "cache_positions",
     "causal_attention",
+    "causal_flow_attention",
+    "causal_map",
     "delta_rule",
     "diagonal_state_space",
     "discretise_bilinear",
     "discretise_zero_order_hold",
     "elu_plus_one",
+    "flow_attention",
+    "gated_rnn_system",
     "grow_attention_state",
     "init_attention_state",
     "linear_attention",
+    "linear_attention_system",
     "linear_recurrence",
     "lrpe",
     "lru_decay",
     "lru_normaliser",
     "normalised_exponential",
     "normalised_linear_attention",
+    "normalised_system",
     "orthogonal_projection",
     "positive_random_features",
     "prefix_scan_attention",
     "relative_shift",
     "relu",
     "rotary",
+    "run_system",
     "selective_scan",
+    "selective_scan_system",
     "sequence_parallel",
     "short_convolution",
+    "sigmoid_attention",
+    "sliding_window_attention",
+    "softmax_attention_system",
     "ssd",
+    "ssd_system",
     "state_space_bank",
     "taylor_features",
     "xpos",

@@ -1,7 +1,12 @@
-"""Causal softmax attention over a cache of keys and values: the cache is the state.
+"""Causal softmax and sigmoid attention over a cache of keys and values: the cache is the state.
 
 Ashish Vaswani, Noam Shazeer, Niki Parmar, Jakob Uszkoreit, Llion Jones, Aidan N. Gomez, Łukasz Kaiser, Illia
-Polosukhin: Attention Is All You Need, 2017, arXiv:1706.03762, §3.2.1 and §3.2.3.
+Polosukhin: Attention Is All You Need, 2017, arXiv:1706.03762, §3.2.1 and §3.2.3. Sigmoid weights: Jason Ramapuram,
+Federico Danieli, Eeshan Dhekane, Floris Weers, Dan Busbridge, Pierre Ablin, Tatiana Likhomanenko, Jagrit Digani, Zijin
+Gu, Amitis Shidani, Russ Webb: Theory, Analysis, and Best Practices for Sigmoid Self-Attention, 2024, arXiv:2409.04431.
+
+Key heads divide value heads, which divide query heads, as in grouped-query attention (Joshua Ainslie et al., 2023,
+arXiv:2305.13245: as many of both) and DiffQKV (Zhenghao Lin et al.: Sigma, 2025, arXiv:2501.13629: fewer keys).
 
 Tokens that are no padding take the slots of a row's cache one after another. Documents are contiguous there, so that
 what a token sees is an interval of slots: from the first one of its document to its own. Padding takes slots below
@@ -9,12 +14,13 @@ zero, which no interval contains.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from primitives import contract
 
@@ -25,8 +31,8 @@ CHUNK = 128  # queries at a time in the chunked form; changes rounding only
 class AttentionState(NamedTuple):
     """A cache of keys and values, in the dtype of the inputs; the slots from `index` on are free."""
 
-    keys: Float[Array, "batch capacity kv_heads key_dim"]
-    values: Float[Array, "batch capacity kv_heads value_dim"]
+    keys: Float[Array, "batch capacity key_heads key_dim"]
+    values: Float[Array, "batch capacity value_heads value_dim"]
     start: Int[Array, " batch"]  # the first slot of the last document
     index: Int[Array, " batch"]  # the slot that the next token takes; more than the capacity after an overflow
     segment: Int[Array, " batch"]  # the last non-negative segment id
@@ -36,12 +42,18 @@ jax.export.register_namedtuple_serialization(AttentionState, serialized_name="pr
 
 
 def init_attention_state(
-    batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
+    batch: int,
+    capacity: int,
+    key_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: DTypeLike = jnp.float32,
+    value_heads: int | None = None,
 ) -> AttentionState:
-    """An empty cache with room for `capacity` tokens in each row."""
+    """An empty cache with room for `capacity` tokens in each row; `value_heads=None`: as many as heads of keys."""
     return AttentionState(
-        jnp.zeros((batch, capacity, kv_heads, key_dim), dtype),
-        jnp.zeros((batch, capacity, kv_heads, value_dim), dtype),
+        jnp.zeros((batch, capacity, key_heads, key_dim), dtype),
+        jnp.zeros((batch, capacity, value_heads or key_heads, value_dim), dtype),
         *(jnp.zeros(batch, jnp.int32) for _ in range(3)),
     )
 
@@ -60,8 +72,8 @@ def grow_attention_state(state: AttentionState, capacity: int) -> AttentionState
 
 def causal_attention(
     q: Float[Array, "batch time heads key_dim"],
-    k: Float[Array, "batch time kv_heads key_dim"],
-    v: Float[Array, "batch time kv_heads value_dim"],
+    k: Float[Array, "batch time key_heads key_dim"],
+    v: Float[Array, "batch time value_heads value_dim"],
     *,
     state: AttentionState | None = None,
     scale: float | None = None,
@@ -77,17 +89,18 @@ def causal_attention(
     as it is.
 
     Args:
-        q: Queries. A group of ``heads / kv_heads`` neighbouring heads shares a head of keys and values.
+        q: Queries. A group of ``heads / key_heads`` neighbouring heads shares a head of keys, one of
+            ``heads / value_heads`` a head of values.
         k: Keys.
-        v: Values.
+        v: Values, in a multiple of the key heads.
         state: The cache of what came before, see `init_attention_state`, or `None` for a fresh start, after which the
             cache is full: its capacity is `time`.
         scale: Of the products; ``1 / √key_dim`` where `None`.
         segment_ids: Documents packed in a row; attention does not cross a change of id. Negative ids are padding, with
             zero outputs, zero gradients and no slot in the cache. `None`: the carried document goes on, no padding.
-        implementation: ``"sequential"`` (the definition, a scan over time), ``"dense"`` (one masked softmax),
+        implementation: ``"sequential"`` (the definition, a scan over time), ``"dense"`` (all weights at once),
             ``"chunked"`` (blocks of queries one after another: memory linear in time), or `None`: dense where time is
-            short. One time step is one masked softmax under every name. All support forward mode.
+            short. One time step is dense under every name. All support forward mode.
 
     Returns:
         Outputs in the dtype of `v`, and the cache with the new tokens. Logits, softmax and sums are float32 or wider.
@@ -99,17 +112,63 @@ def causal_attention(
             `index` exceeds the capacity from then on.
         TypeError: Dtypes that are not floating point (q, k, v) or not integer (segment ids), a foreign state.
     """
-    fields = {"keys": "batch capacity kv_heads key_dim", "values": "batch capacity kv_heads value_dim"}
+    return _attention(q, k, v, state, scale, segment_ids, implementation, softmax)
+
+
+def sigmoid_attention(
+    q: Float[Array, "batch time heads key_dim"],
+    k: Float[Array, "batch time key_heads key_dim"],
+    v: Float[Array, "batch time value_heads value_dim"],
+    *,
+    bias: float | Float[Array, " heads"],
+    state: AttentionState | None = None,
+    scale: float | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch time heads value_dim"], AttentionState]:
+    """Attention with a sigmoid of every logit, not normalised (Sigmoid Self-Attention, arXiv:2409.04431, §2).
+
+        o_t = Σ_{j≤t} σ(scale · ⟨q_t, k_j⟩ + bias) v_j
+
+    Arguments, results and errors are those of `causal_attention`, and `bias`, a number or one for each head. With
+    ``−log n``, n the number of tokens in the context, the weights of logits of zero sum to n / (n + 1); with 0 they sum
+    to n / 2.
+    """
+    if not isinstance(bias, int | float):
+        contract.check_shapes(q=(q, "batch time heads key_dim"), bias=(bias, "heads"))
+        contract.check_floating(bias=bias)
+    return _attention(q, k, v, state, scale, segment_ids, implementation, functools.partial(_sigmoid, bias))
+
+
+def cache_positions(
+    segment_ids: Int[Array, "batch time"] | None, state: AttentionState | None, batch: int, time: int
+) -> Int[Array, "batch time"]:
+    """The position in its document of every token that goes into a cache next (that of padding means nothing)."""
+    counter = contract.fresh_counter(segment_ids, batch)
+    index, start, segment = (counter,) * 3 if state is None else (state.index, state.start, state.segment)
+    number, first = contract.count_tokens(contract.segments(segment_ids, segment), index, start, time)
+    return number - first
+
+
+def check_heads(sizes: dict[str, int]) -> None:
+    """Raise `ValueError` unless key heads divide value heads and those the heads of queries."""
+    if sizes["value_heads"] % sizes["key_heads"]:
+        raise ValueError(f"v: expected a multiple of the {sizes['key_heads']} heads of k, got {sizes['value_heads']}")
+    if sizes["heads"] % sizes["value_heads"]:
+        raise ValueError(f"q: expected a multiple of the {sizes['value_heads']} heads of v, got {sizes['heads']}")
+
+
+def _attention(q, k, v, state, scale, segment_ids, implementation, weigh):
+    fields = {"keys": "batch capacity key_heads key_dim", "values": "batch capacity value_heads value_dim"}
     fields |= {"start": "batch", "index": "batch", "segment": "batch"}
     sizes = contract.check_shapes(
         q=(q, "batch time heads key_dim"),
-        k=(k, "batch time kv_heads key_dim"),
-        v=(v, "batch time kv_heads value_dim"),
+        k=(k, "batch time key_heads key_dim"),
+        v=(v, "batch time value_heads value_dim"),
         segment_ids=(segment_ids, "batch time"),
         **contract.check_state(state, AttentionState, **fields),
     )
-    if sizes["heads"] % sizes["kv_heads"]:
-        raise ValueError(f"q: expected a multiple of the {sizes['kv_heads']} heads of k and v, got {sizes['heads']}")
+    check_heads(sizes)
     contract.check_floating(q=q, k=k, v=v)
     contract.check_segment_ids(segment_ids)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
@@ -120,16 +179,16 @@ def causal_attention(
     state = _fresh_state(k, v, segment_ids) if fresh else state
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     first, slot, counters = _take_slots(segment_ids, state, q.shape[1])
-    _check_room(counters.index, state)
+    check_room(counters.index, state)
 
     if implementation == "sequential" and q.shape[1] != 1:
-        return _sequential(q, k, v, state, segment_ids, scale)
-    attend = _implementation(implementation, q.shape[1])
-    state = counters._replace(keys=_write(state.keys, k, slot), values=_write(state.values, v, slot))
+        return _sequential(q, k, v, state, segment_ids, scale, weigh)
+    attend = functools.partial(_implementation(implementation, q.shape[1]), scale=scale, weigh=weigh)
+    state = counters._replace(keys=write(state.keys, k, slot), values=write(state.values, v, slot))
     if fresh:  # the tokens where they are, so that an unused cache costs nothing
-        return attend(q, k, v, first, slot, slot, scale), state
+        return attend(q, k, v, first, slot, slot), state
     capacity = state.keys.shape[1]
-    outputs = attend(q, state.keys, state.values, first, slot, jnp.arange(capacity)[None], scale)
+    outputs = attend(q, state.keys, state.values, first, slot, jnp.arange(capacity)[None])
     return jnp.where((slot < capacity)[..., None, None], outputs, jnp.nan).astype(v.dtype), state
 
 
@@ -148,7 +207,8 @@ def _take_slots(segment_ids, state, time):
     return first, slot, counters
 
 
-def _check_room(index, state):
+def check_room(index: Int[Array, " batch"], state: AttentionState) -> None:
+    """Raise `ValueError` for a cache without the slots before `index`, if that is no tracer."""
     capacity = state.keys.shape[1]
     if not isinstance(index, jax.core.Tracer) and (needed := int(jnp.max(index))) > capacity:
         raise ValueError(
@@ -157,8 +217,12 @@ def _check_room(index, state):
 
 
 @jax.vmap
-def _write(cache, rows, slot):
-    """Rows in their slots; those of padding, and those for which there is no slot, are dropped."""
+def write(
+    cache: Float[Array, "batch capacity heads dim"],
+    rows: Float[Array, "batch time heads dim"],
+    slot: Int[Array, "batch time"],
+) -> Float[Array, "batch capacity heads dim"]:
+    """A cache with rows in their slots; a row is dropped if its slot is negative (padding) or there is none such."""
     rows = rows.astype(cache.dtype)
     return cache.at[slot].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
@@ -169,38 +233,67 @@ def _implementation(name, time):
     return _chunked if name == "chunked" and time != 1 else _dense
 
 
-def _sequential(q, k, v, state, segment_ids, scale):
+def _sequential(q, k, v, state, segment_ids, scale, weigh):
     def step(state, token):
         q, k, v, segment_ids = jax.tree.map(lambda x: x[:, None], token)
-        outputs, state = causal_attention(q, k, v, state=state, scale=scale, segment_ids=segment_ids)
+        outputs, state = _attention(q, k, v, state, scale, segment_ids, None, weigh)
         return state, outputs[:, 0]
 
     state, outputs = lax.scan(step, state, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, segment_ids)))
     return outputs.swapaxes(0, 1), state
 
 
-def _chunked(q, k, v, first, slot, key_slots, scale):
+def _chunked(q, k, v, first, slot, key_slots, *, scale, weigh):
     """Blocks of queries, recomputed in the backward pass: of the logits only one block exists at a time."""
     dtype = contract.accumulation_dtype(q, k, v)
     k, v, out = k.astype(dtype), v.astype(dtype), v.dtype  # here, so that gradients are summed up in this precision
     padded = (contract.pad_time(x, CHUNK, fill) for x, fill in ((q, 0), (first, 0), (slot, -1)))
     chunks = tuple(contract.chunk_time(x, CHUNK) for x in padded)
-    outputs = lax.map(jax.checkpoint(lambda chunk: _dense(chunk[0], k, v, *chunk[1:], key_slots, scale)), chunks)
-    return contract.unchunk_time(outputs, q.shape[1]).astype(out)
+
+    @jax.checkpoint
+    def attend_chunk(chunk):
+        q, first, slot = chunk
+        return _dense(q, k, v, first, slot, key_slots, scale=scale, weigh=weigh)
+
+    return contract.unchunk_time(lax.map(attend_chunk, chunks), q.shape[1]).astype(out)
 
 
-def _dense(q, k, v, first, slot, key_slots, scale):
-    """One masked softmax. The maximum is a reference point (no gradient); a row that sees nothing has weights zero."""
-    dtype = contract.accumulation_dtype(q, k, v)
-    (batch, time, heads, _), kv_heads = q.shape, k.shape[2]
-    q = q.astype(dtype).reshape(batch, time, kv_heads, heads // kv_heads, -1) * scale
+def _dense(q, k, v, first, slot, key_slots, *, scale, weigh):
     visible = (first[:, :, None] <= key_slots[:, None]) & (key_slots[:, None] <= slot[:, :, None])
-    s = jnp.where(visible[:, None, None], _matmul("btgrd,bsgd->bgrts", q, k.astype(dtype)), -jnp.inf)
+    return attend(q, k, v, visible, scale, weigh)
+
+
+def attend(
+    q: Float[Array, "batch queries heads key_dim"],
+    k: Float[Array, "batch keys key_heads key_dim"],
+    v: Float[Array, "batch keys value_heads value_dim"],
+    visible: Bool[Array, "batch queries keys"],
+    scale: float,
+    weigh: Callable[[Array, Array], Array],
+) -> Float[Array, "batch queries heads value_dim"]:
+    """``Σ_j weigh(scale · ⟨q_t, k_j⟩)_j v_j`` over the visible keys; no head of keys or values is repeated for it."""
+    dtype = contract.accumulation_dtype(q, k, v)
+    (batch, time, heads, _), key_heads, value_heads = q.shape, k.shape[2], v.shape[2]
+    groups = key_heads, value_heads // key_heads, heads // value_heads
+    q = q.astype(dtype).reshape(batch, time, *groups, -1) * scale
+    v_groups = v.astype(dtype).reshape(*v.shape[:2], *groups[:2], -1)
+    weights = weigh(_matmul("btgurd,bsgd->bgurts", q, k.astype(dtype)), visible[:, None, None, None])
+    return _matmul("bgurts,bsgud->btgurd", weights, v_groups).reshape(batch, time, heads, -1).astype(v.dtype)
+
+
+def softmax(s: Float[Array, "..."], visible: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """Of the visible logits; all weights are zero where none is. The maximum is a reference point, without gradient."""
+    s = jnp.where(visible, s, -jnp.inf)
     m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
     weights = jnp.exp(s - jnp.where(m == -jnp.inf, 0, m))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1)
-    return _matmul("bgrts,bsgd->btgrd", weights, v.astype(dtype)).reshape(batch, time, heads, -1).astype(v.dtype)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def _sigmoid(bias, s, visible):
+    bias = jnp.asarray(bias, s.dtype)
+    bias = bias.reshape(*s.shape[1:4], 1, 1) if bias.ndim else bias
+    return jnp.where(visible, jax.nn.sigmoid(s + bias), 0)
 
 
 _matmul = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

@@ -9,7 +9,34 @@ from flax import nnx
 
 from zoo.layers import MixerConfig, Stack, StackConfig, check_choice
 from zoo.models import Classifier, Forecaster, LanguageModel
-from zoo.token_mixers import aaren, transformer
+from zoo.token_mixers import (
+    aaren,
+    base_convolution,
+    based,
+    deltanet,
+    flowformer,
+    gated_associative_memory,
+    gated_deltanet,
+    gated_linear_attention,
+    hgrn,
+    kimi_delta_attention,
+    lightnet,
+    lightning_attention,
+    lru,
+    mamba,
+    mamba2,
+    minimal_rnns,
+    mixture_of_head_attention,
+    rat,
+    recurrent_networks,
+    retnet,
+    s4d,
+    s5,
+    sigma,
+    sigmoid_attention,
+    transformer,
+    transnormer_llm,
+)
 
 
 class Entry(NamedTuple):
@@ -22,10 +49,64 @@ class Entry(NamedTuple):
 MIXERS: dict[str, MixerConfig] = {  # for patterns
     "aaren": aaren.AarenConfig(),
     "attention": transformer.SelfAttentionConfig(),
+    "base_convolution": base_convolution.BaseConvolutionConfig(),
+    "conv": based.GatedConvolutionConfig(),
+    "delta": deltanet.DeltaNetConfig(),
+    "diff_qkv": sigma.DiffQKVAttentionConfig(),
+    "elman": recurrent_networks.ElmanConfig(),
+    "flow": flowformer.CausalFlowAttentionConfig(),
+    "gated_associative_memory": gated_associative_memory.GatedAssociativeMemoryConfig(),
+    "gated_delta": gated_deltanet.GatedDeltaNetConfig(),
+    "gated_linear_attention": gated_linear_attention.GatedLinearAttentionConfig(),
+    "gru": recurrent_networks.GRUConfig(),
+    "hgrn": hgrn.HGRNConfig(),
+    "jordan": recurrent_networks.JordanConfig(),
+    "kimi_delta": kimi_delta_attention.KimiDeltaAttentionConfig(),
+    "lightnet": lightnet.LightNetConfig(),
+    "lru": lru.LRUConfig(),
+    "lstm": recurrent_networks.LSTMConfig(),
+    "mamba": mamba.MambaConfig(),
+    "mamba2": mamba2.Mamba2Config(),
+    "min_gru": minimal_rnns.MinGRUConfig(),
+    "min_lstm": minimal_rnns.MinLSTMConfig(),
+    "moh": mixture_of_head_attention.MixtureOfHeadAttentionConfig(),
+    "rat": rat.RATConfig(),
+    "retention": retnet.RetentionConfig(),
+    "s4d": s4d.S4DConfig(),
+    "s5": s5.S5Config(),
+    "sigmoid": sigmoid_attention.SigmoidAttentionConfig(),
+    "taylor": based.TaylorAttentionConfig(),
+    "transnormer": transnormer_llm.TransNormerConfig(),
+    "transnormer_lrpe": transnormer_llm.TransNormerConfig(lrpe=True),
+    "window": based.WindowAttentionConfig(),
 }
 STACKS: dict[str, Mapping[str, StackConfig]] = {
     "aaren": aaren.PRESETS,
+    "base_convolution": base_convolution.PRESETS,
+    "based": based.PRESETS,
+    "deltanet": deltanet.PRESETS,
+    "flowformer": flowformer.PRESETS,
+    "gated_associative_memory": gated_associative_memory.PRESETS,
+    "gated_deltanet": gated_deltanet.PRESETS,
+    "gated_linear_attention": gated_linear_attention.PRESETS,
+    "hgrn": hgrn.PRESETS,
+    "kimi_linear": kimi_delta_attention.PRESETS,
+    "lightnet": lightnet.PRESETS,
+    "lru": lru.PRESETS,
+    "mamba": mamba.PRESETS,
+    "mamba2": mamba2.PRESETS,
+    "moh": mixture_of_head_attention.PRESETS,
+    "rat": rat.PRESETS,
+    "retnet": retnet.PRESETS,
+    "s4d": s4d.PRESETS,
+    "s5": s5.PRESETS,
+    "sigma": sigma.PRESETS,
+    "sigmoid_attention": sigmoid_attention.PRESETS,
+    "tnl": lightning_attention.PRESETS,
     "transformer": transformer.PRESETS,
+    "transnormer_llm": transnormer_llm.PRESETS,
+    **minimal_rnns.PRESETS,
+    **recurrent_networks.PRESETS,
 }
 HEADS = {"": Stack, "_classifier": Classifier, "_forecaster": Forecaster, "_language_model": LanguageModel}
 MODELS = {stack + head: Entry(build, STACKS[stack]) for stack in STACKS for head, build in HEADS.items()}
@@ -39,6 +120,14 @@ def list_models() -> list[str]:
 def list_mixers() -> list[str]:
     """The names that the patterns of `create_model` are made of."""
     return sorted(MIXERS)
+
+
+def mixer_config(name: str, **options: Any) -> MixerConfig:
+    """The configuration of a mixer by its name, with options; `ValueError` for unknown ones."""
+    check_choice("mixer", name, MIXERS)
+    for option in options:
+        check_choice(f"{name}: option", option, _fields(MIXERS[name]))
+    return dataclasses.replace(MIXERS[name], **options)
 
 
 def create_model(name: str, *, rngs: nnx.Rngs, preset: str = "tiny", **overrides: Any) -> nnx.Module:
@@ -67,6 +156,7 @@ def configure(
     name: str, preset: str = "tiny", overrides: Mapping[str, Any] | None = None, arguments: Iterable[str] = ()
 ) -> StackConfig:
     """The configuration of a model with overrides, see `create_model`; `arguments` are further names in messages."""
+    check_choice("name", name, MODELS)
     presets, overrides = MODELS[name].presets, dict(overrides or {})
     check_choice("preset", preset, presets)
     config = presets[preset]
@@ -88,7 +178,7 @@ def _mixer(field, mixer):
     """A mixer, also by its name."""
     if isinstance(mixer, str):
         check_choice(field, mixer, MIXERS)
-        return MIXERS[mixer]
+        mixer = MIXERS[mixer]
     return mixer
 
 

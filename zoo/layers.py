@@ -316,10 +316,11 @@ class Stack(nnx.Module):
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.positions = None if config.position == "none" else Positions(config, rngs=rngs)
-        mixers = config.first if config.scan else config.first + config.repeats * config.pattern
+        scan = config.scan and config.repeats > 1
+        mixers = config.first if scan else config.first + config.repeats * config.pattern
         blocks = [Block(config, mixer, layer, rngs=rngs) for layer, mixer in enumerate(mixers)]
-        self.blocks = nnx.List(blocks + (_repeated_blocks(config, rngs) if config.scan else []))
-        self.repeats, self.period = config.repeats, len(config.pattern) if config.scan else 0
+        self.blocks = nnx.List(blocks + (_repeated_blocks(config, rngs) if scan else []))
+        self.repeats, self.period = config.repeats, len(config.pattern) if scan else 0
         pre = config.norm_place == "pre"
         self.norm = NORMS[config.norm](config.width, dtype=config.dtype, rngs=rngs) if pre else None
         self.width, self.dropout, self.dtype, self.checkpoint = (

@@ -5,13 +5,11 @@ Sources: Bagnall et al., "The UEA multivariate time series classification archiv
 imported, or from a folder of the user's. Nothing is downloaded.
 """
 
-import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
-import io
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float, Int
 
 from experiments.data.archive import Row, find_files, read_rows
+from experiments.data.prepared import prepare, read_prepared
 
 __all__ = [
     "ClassificationData",
@@ -174,12 +173,8 @@ def load_classification(
     if not directory.exists():
         _prepare(_read(name, files), directory)
 
-    builder = tfds.builder_from_directory(directory)
-    try:
-        examples = list(builder.as_data_source(split))
-    except RuntimeError as error:
-        raise RuntimeError(f"{directory} is damaged: delete it, and the set is prepared again") from error
-    features, time = builder.info.features, builder.info.metadata["max_length"]
+    info, examples = read_prepared(directory, split)
+    features, time = info.features, info.metadata["max_length"]
     series = np.zeros((len(examples), time, features["series"].shape[1]), np.float32)
     for row, example in zip(series, examples, strict=True):
         row[: len(example["series"])] = _interpolate(example["series"])
@@ -226,19 +221,7 @@ class TimeSeriesClassification(tfds.core.GeneratorBasedBuilder, skip_registratio
 
 
 def _prepare(rows: dict[str, list[Row]], directory: Path) -> None:
-    """Write the examples as array_record files; `directory` appears whole or not at all, and only once."""
-    # In a scratch folder: in place, the builder leaves empty download folders and fails if another was first.
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tfds.disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix="incomplete.") as scratch:
-        builder = TimeSeriesClassification(rows, data_dir=scratch)
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download, and there is none
-            builder.download_and_prepare(file_format="array_record")
-        try:
-            builder.data_path.rename(directory)
-        except OSError:
-            if not directory.exists():  # otherwise another process was first, with the same content
-                raise
+    prepare(functools.partial(TimeSeriesClassification, rows), directory)
 
 
 def _locate(name: str, source_folder: str | Path | None) -> tuple[tuple[Path, Path], str]:

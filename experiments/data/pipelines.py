@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -10,7 +10,19 @@ from jaxtyping import Bool, Int
 
 from experiments.data.classification import ClassificationData
 
-__all__ = ["batches", "evaluation_batches", "standardise", "stratified_split"]
+__all__ = ["batches", "evaluation_batches", "stack_members", "standardise", "stratified_split"]
+
+
+def stack_members(batch: Callable[[int, int], dict[str, np.ndarray]], seed: int | Sequence[int]) -> grain.MapDataset:
+    """Endless batches `batch(seed, step)` with random access; a sequence of seeds gives a leading members axis."""
+
+    def stacked(step: int) -> dict[str, np.ndarray]:
+        if np.ndim(seed) == 0:
+            return batch(seed, step)
+        members = [batch(each, step) for each in seed]
+        return {name: np.stack([member[name] for member in members]) for name in members[0]}
+
+    return grain.MapDataset.range(sys.maxsize).map(stacked)
 
 
 def batches(data: ClassificationData, batch_size: int, *, seed: int | Sequence[int]) -> grain.MapDataset:

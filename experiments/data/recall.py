@@ -1,14 +1,18 @@
 """Synthetic associative recall: a negative control for mixers whose query does not depend on the input.
 
 After multi-query associative recall (MQAR) of Arora et al., "Zoology: Measuring and Improving Recall in Efficient
-Language Models" (arXiv:2312.04927); here queries are spread uniformly, and every key is asked for at most once.
+Language Models" (arXiv:2312.04927), which is in `mqar`. Here queries are spread uniformly over all places, keys may be
+left unasked, and values may repeat, so that answering with the commonest one is a baseline.
 """
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import grain
 import numpy as np
+
+from experiments.data.pipelines import stack_members
 
 __all__ = ["associative_recall", "recall_batches"]
 
@@ -68,10 +72,4 @@ def associative_recall(
 
 def recall_batches(batch_size: int, *, seed: int | Sequence[int], **sizes: int) -> grain.MapDataset:
     """Endless batches of `associative_recall` with random access; a sequence of seeds gives a leading members axis."""
-
-    def batch(step: int) -> dict[str, np.ndarray]:
-        members = [associative_recall(each, step, batch_size=batch_size, **sizes) for each in np.ravel(seed)]
-        shape = (*np.shape(seed), batch_size, -1)
-        return {name: np.stack([member[name] for member in members]).reshape(shape) for name in members[0]}
-
-    return grain.MapDataset.range(sys.maxsize).map(batch)
+    return stack_members(partial(associative_recall, batch_size=batch_size, **sizes), seed)

@@ -20,9 +20,11 @@ The values are read and written once, but vector instructions bind, not memory: 
 VMEM: 5.3 MiB at most (`python -m experiments compile_prefix_scan`).
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType
 
 from pallas_kernels.tpu.common import CHUNK, ChunkGrid, dot, head_block, per_device, vmap_into_batch
 
@@ -33,6 +35,8 @@ def refusal(s, v):
     """Why the kernel cannot serve these inputs, or `None`."""
     if not all(isinstance(size, int) for size in v.shape):
         return f"it needs static shapes, got values of shape {v.shape}"
+    if AxisType.Auto in (jax.typeof(v).sharding.mesh.axis_types or ()):
+        return "XLA cannot split it over Auto axes of a mesh; it needs Explicit ones or a shard_map over all axes"
     heads, dim = v.shape[2:]
     if s.dtype != jnp.float32 or v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16 values and computes in float32, got {v.dtype} to compute in {s.dtype}"

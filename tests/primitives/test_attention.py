@@ -1,4 +1,4 @@
-"""What is particular to softmax attention: the cache. The laws are in tests/test_laws.py."""
+"""What is particular to softmax and sigmoid attention: the cache. The laws are in tests/test_laws.py."""
 
 import chex
 import jax
@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from primitives import AttentionState, attention, causal_attention, grow_attention_state, init_attention_state
+from primitives import (
+    AttentionState,
+    attention,
+    cache_positions,
+    causal_attention,
+    grow_attention_state,
+    init_attention_state,
+    sigmoid_attention,
+)
 
 IMPLEMENTATIONS = (None, *attention.IMPLEMENTATIONS)
 jitted = jax.jit(causal_attention)
@@ -31,6 +39,64 @@ def test_equals_jax(implementation, time):
     q, k, v = inputs_for(time, value_dim=8)
     outputs, _ = causal_attention(q, k, v, implementation=implementation)
     chex.assert_trees_all_close(outputs, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 8), (2, 4), (2, 8), (4, 4), (8, 8)])
+def test_shared_heads_are_repeated_heads(implementation, key_heads, value_heads):
+    """Fewer keys than values than queries; the cache holds no more than there is."""
+    q, k, _ = inputs_for(9, heads=8, kv_heads=key_heads)
+    v = inputs_for(9, kv_heads=value_heads, seed=1)[2]
+    state = init_attention_state(2, 9, key_heads, 8, 6, value_heads=value_heads)
+    outputs, state = causal_attention(q, k, v, state=state, implementation=implementation)
+    repeated = (jnp.repeat(x, 8 // x.shape[2], axis=2) for x in (k, v))
+    chex.assert_trees_all_close(outputs, causal_attention(q, *repeated)[0], atol=2e-6)
+    chex.assert_trees_all_equal((state.keys, state.values), (k, v))
+
+
+def test_no_head_is_repeated():
+    """Nothing in a step is larger than the cache."""
+    q, k, v = inputs_for(1, batch=1, heads=8, kv_heads=1)
+    state = empty(64, batch=1, kv_heads=1)
+    program = jax.make_jaxpr(causal_attention)(q, k, v, state=state)
+    assert max(out.aval.size for equation in program.eqns for out in equation.outvars) == state.keys.size
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sigmoid_attention_is_its_definition(implementation):
+    """With a number as a bias and one for each head, and through a cache."""
+    with jax.enable_x64(True):
+        q, k, v = inputs_for(7, dtype=jnp.float64)
+        s = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, axis=2)) / 8**0.5
+        for bias in (-np.log(7), jnp.asarray([0.0, -1.0, 2.0, -3.0])):
+            weights = jnp.tril(1 / (1 + jnp.exp(-s - jnp.broadcast_to(bias, 4)[:, None, None])))
+            expected = jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(v, 2, axis=2))
+            outputs, _ = sigmoid_attention(q, k, v, bias=bias, implementation=implementation)
+            chex.assert_trees_all_close(outputs, expected, rtol=0, atol=1e-13)
+            state = empty(7, dtype=jnp.float64)
+            for piece in (slice(0, 3), slice(3, 4), slice(4, 7)):
+                tokens = (x[:, piece] for x in (q, k, v))
+                outputs, state = sigmoid_attention(*tokens, bias=bias, state=state, implementation=implementation)
+                chex.assert_trees_all_close(outputs, expected[:, piece], rtol=0, atol=1e-13)
+
+
+def test_sigmoid_weights_of_small_logits_sum_to_almost_one():
+    """arXiv:2409.04431: n σ(−log n) = n / (n + 1), and n / 2 without a bias."""
+    n = 300
+    q, k, _ = inputs_for(n)
+    ones = jnp.ones((2, n, 2, 1))
+    for bias, total in ((-np.log(n), n / (n + 1)), (0.0, n / 2)):
+        outputs, _ = sigmoid_attention(0 * q, k, ones, bias=bias)
+        chex.assert_trees_all_close(outputs[:, -1], jnp.full((2, 4, 1), total), rtol=1e-5)
+
+
+def test_cache_positions_are_those_in_the_document():
+    ids = jnp.asarray([[0, 0, -1, 0, 3], [-1, 1, 1, 2, 2]])
+    _, state = causal_attention(*inputs_for(5), state=empty(9), segment_ids=ids)
+    real = ids >= 0
+    assert cache_positions(ids, None, 2, 5)[real].tolist() == [0, 1, 2, 0, 0, 1, 0, 1]
+    assert cache_positions(jnp.asarray([[3, 4], [2, 0]]), state, 2, 2).tolist() == [[1, 0], [2, 0]]
+    assert cache_positions(None, state, 2, 2).tolist() == [[1, 2], [2, 3]]
 
 
 def definition(q, k, v, ids):
@@ -186,8 +252,12 @@ def test_scale_dtypes_and_narrow_cache():
 
 def test_refusals():
     q, k, v = inputs_for(4)
-    with pytest.raises(ValueError, match="q: expected a multiple of the 2 heads of k and v, got 3"):
+    with pytest.raises(ValueError, match="q: expected a multiple of the 2 heads of v, got 3"):
         causal_attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="v: expected a multiple of the 2 heads of k, got 1"):
+        causal_attention(q, k, v[:, :, :1])
+    with pytest.raises(ValueError, match=r"bias: expected shape \[heads=4\], got \(2,\)"):
+        sigmoid_attention(q, k, v, bias=jnp.zeros(2))
     with pytest.raises(ValueError, match=r"state\.keys: expected shape"):
         causal_attention(q, k, v, state=empty(8, dim=5))
     with pytest.raises(TypeError, match="state: expected None or AttentionState"):

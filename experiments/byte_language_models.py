@@ -1,0 +1,267 @@
+"""Language models on the bytes of a real corpus, every mixer with the same number of parameters.
+
+For each mixer: bits per byte on the test split, tokens per second in training, bytes of state, microseconds per
+generated token, and a sample. Models differ in the mixer alone; the inner size of their channel mixers makes up for its
+parameters. No paper reports these numbers: the sizes here are for a CPU, and papers compare at far larger ones. What
+papers claim is the order of mixers in quality, and that the time and memory of a generated token do not grow for
+recurrences: the table has both, at two lengths.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import zoo
+from experiments import check_positive
+from experiments.data import check_text, load_text, text_batches, text_evaluation_batches
+from experiments.figures import figure
+from experiments.measure import time_call
+from experiments.results import summary, table
+from experiments.trainer import fit, schedule
+
+VOCABULARY = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the experiment."""
+
+    text: str = "wikipedia"
+    """A corpus out of a package, or a folder of .txt files."""
+    mixers: tuple[str, ...] = tuple(zoo.list_mixers())
+    """Names of `zoo.list_mixers()`."""
+    width: int = 128
+    """Size of a token in the model."""
+    layers: int = 2
+    """Blocks."""
+    heads: int = 4
+    """Heads of mixers that have them."""
+    hidden: int = 256
+    """Inner size of the channel mixers beside attention; that of others gives their models as many parameters."""
+    length: int = 128
+    """Bytes of a training sequence."""
+    batch_size: int = 16
+    """Sequences per step."""
+    steps: int = 600
+    """Training steps."""
+    seeds: int = 1
+    """Members, with seeds 0, 1, …"""
+    learning_rate: float = 3e-3
+    """Peak learning rate, for all mixers the same."""
+    test_windows: int = 256
+    """Windows of the test split that are tested, from its beginning."""
+    test_length: int = 256
+    """Bytes of a window."""
+    prompts: tuple[int, ...] = (64, 1024)
+    """Bytes before those whose generation is timed."""
+    generated: int = 64
+    """Bytes that are generated."""
+    data_dir: str = "data"
+    """Where the prepared corpus is kept."""
+
+    def __post_init__(self):
+        check_positive(self)
+        for name in self.mixers:
+            zoo.mixer_config(name)
+
+
+PRESETS: dict[str, Config] = {
+    "demo": Config(),
+    "smoke": Config(
+        mixers=("delta",), steps=3, batch_size=4, width=32, hidden=64, test_windows=4, test_length=64, prompts=(8,),
+        generated=8,
+    ),
+}  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Raise for a corpus that is not here."""
+    check_text(config.text)
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """Train, test and generate; the results as a dictionary, the figure in `folder`."""
+    text = load_text(config.text, data_dir=config.data_dir)
+    print(f"{text.source}: {len(text.train):,} bytes to train on, {len(text.test):,} to test on")
+    budget = _parameters("attention", config, config.hidden)
+    results = [_compare(name, config, text, budget, folder / name) for name in config.mixers]
+    results.sort(key=lambda result: result["bits_per_byte"]["mean"])
+    references = {"order 0": _entropy(text, 0), "order 1": _entropy(text, 1), "order 2": _entropy(text, 2)}
+    _draw(results, folder)
+    print(f"\nOn {config.test_windows} windows of {config.test_length} bytes of the test split:\n")
+    print(table([_row(result) for result in results]))
+    print("\nBits per byte of the counts of the training split, smoothed: ", end="")
+    print(", ".join(f"{name} {bits:.3f}" for name, bits in references.items()))
+    print(f"\n{config.generated} bytes after a prompt of the test split, at temperature 0.8 with top_p 0.95:\n")
+    for result in results:
+        print(f"{result['mixer']:>26}: {result['sample']!r}")
+    print(f"\nfigure: {folder / 'byte_language_models.png'}")
+    return {"parameters": budget, "source": text.source, "references": references, "results": results}
+
+
+def _create(name: str, config: Config, hidden: int, key: Any) -> nnx.Module:
+    fields = {field.name for field in dataclasses.fields(zoo.mixer_config(name))}
+    shared = {"heads": config.heads, "head_dim": config.width // config.heads, "context": config.length, "rotary": True}
+    mixer = zoo.mixer_config(name, **{field: value for field, value in shared.items() if field in fields})
+    return zoo.create_model(
+        "transformer_language_model", rngs=nnx.Rngs(key), vocabulary=VOCABULARY, width=config.width,
+        layers=config.layers, pattern=(mixer,), hidden=hidden, gated=True, activation="silu", bias=False, norm="rms",
+        tied=True,
+    )  # fmt: skip
+
+
+def _parameters(name: str, config: Config, hidden: int) -> int:
+    model = jax.eval_shape(lambda: _create(name, config, hidden, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _fitting_hidden(name: str, config: Config, budget: int) -> int:
+    """The inner size with which a model comes nearest to a number of parameters, at least 8."""
+    fewest, more = (_parameters(name, config, hidden) for hidden in (8, 9))
+    return max(8, 8 + round((budget - fewest) / (more - fewest)))
+
+
+def _compare(name, config, text, budget, folder):
+    """Everything about one mixer."""
+    hidden = _fitting_hidden(name, config, budget)
+
+    def loss(model, batch, key):
+        logits, _ = model(batch["tokens"])
+        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
+        return value, {}
+
+    training = schedule(config.steps)
+    seeds = range(config.seeds)
+    fitted = fit(
+        lambda key: _create(name, config, hidden, key), loss,
+        text_batches(text.train, config.batch_size, length=config.length, seed=list(seeds)).__getitem__, training,
+        folder, seeds=seeds, learning_rates=[config.learning_rate] * config.seeds, label=name,
+    )  # fmt: skip
+    model = jax.tree.map(lambda x: x[0], fitted.models)
+    return {
+        "mixer": name,
+        "bits_per_byte": summary(_bits_per_byte(fitted.models, text.test, config)),
+        "parameters": _parameters(name, config, hidden),
+        "hidden": hidden,
+        "training_tokens_per_second": _training_speed(name, config, hidden, text),
+        "generation": [_generation(model, text.test, prompt, config) for prompt in config.prompts],
+        "sample": _sample(model, text.test, config),
+        "training_seconds": fitted.seconds,
+        "diverged": fitted.diverged,
+        "history": fitted.history,
+    }
+
+
+def _bits_per_byte(models, text, config):
+    """Of every member, on windows one after another."""
+    batch_size = min(32, config.test_windows)
+    batches = text_evaluation_batches(text, batch_size, length=config.test_length)
+
+    @jax.jit
+    def total(models, batch):
+        def one(model):
+            logits, _ = model(batch["tokens"])
+            real = batch["targets"] >= 0
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
+            return jnp.sum(losses, where=real), jnp.sum(real)
+
+        return jax.vmap(one)(models)
+
+    sums = [total(models, batches[i]) for i in range(min(len(batches), -(-config.test_windows // batch_size)))]
+    nats, count = (np.sum(np.asarray(x, float), axis=0) for x in zip(*sums, strict=True))
+    return nats / count / np.log(2)
+
+
+def _training_speed(name, config, hidden, text):
+    """Tokens per second of a step, one member alone, after compilation; the fastest of five."""
+    model = _create(name, config, hidden, jax.random.key(0))
+    batch = text_batches(text.train, config.batch_size, length=config.length, seed=0)[0]
+
+    def gradients(model, batch):
+        def loss(model):
+            logits, _ = model(batch["tokens"])
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
+
+        return jax.value_and_grad(loss)(model)
+
+    compiled = jax.jit(gradients).lower(model, batch).compile()
+    return config.batch_size * config.length / time_call(compiled, (model, batch), repeats=5)
+
+
+def _generation(model, text, prompt, config):
+    """Microseconds of a greedy token in a `lax.scan` after a prompt, and the bytes of the state there."""
+    tokens = jnp.asarray(text[None, :prompt], jnp.int32)
+    _, state = model(tokens, model.init_state(1, prompt + config.generated))
+
+    def decode(model, state, token):
+        def step(carry, _):
+            token, state = carry
+            logits, state = model(token, state)
+            return (jnp.argmax(logits[:, -1:], axis=-1).astype(token.dtype), state), None
+
+        return jax.lax.scan(step, (token, state), length=config.generated)[0]
+
+    inputs = model, state, tokens[:, -1:]
+    seconds = time_call(jax.jit(decode).lower(*inputs).compile(), inputs, repeats=5)
+    return {
+        "prompt": prompt,
+        "microseconds_per_token": 1e6 * seconds / config.generated,
+        "bytes_of_state": zoo.state_bytes(state).used,
+    }
+
+
+def _sample(model, text, config):
+    """Text that a model writes after the first bytes of the test split."""
+    prompt = jnp.asarray(text[None, : config.prompts[0]], jnp.int32)
+    write = jax.jit(zoo.generate, static_argnames=("length", "temperature", "top_p"))
+    key = jax.random.key(0)
+    tokens = write(model, prompt, length=config.generated, key=key, temperature=0.8, top_p=0.95)
+    return bytes(np.asarray(tokens[0], np.uint8)).decode("utf-8", errors="replace")
+
+
+def _entropy(text, order):
+    """Bits per byte on the test split of the counts of `order` + 1 bytes in the training split, plus 0.01 each."""
+
+    def contexts(data):
+        data = data.astype(np.int64)
+        return sum(data[i : len(data) - order + i] * 256 ** (order - 1 - i) for i in range(order)), data[order:]
+
+    counts = np.zeros((256**order, 256)) + 0.01
+    np.add.at(counts, contexts(text.train), 1)
+    where = contexts(text.test)
+    return float(-np.mean(np.log2(counts[where] / counts.sum(axis=1)[where[0]])))
+
+
+def _row(result):
+    first, *_, last = result["generation"] * 2 if len(result["generation"]) == 1 else result["generation"]
+    return {
+        "mixer": result["mixer"],
+        "bits per byte": result["bits_per_byte"],
+        "parameters": result["parameters"],
+        "tokens/s in training": int(result["training_tokens_per_second"]),
+        f"bytes of state at {first['prompt']}": first["bytes_of_state"],
+        f"at {last['prompt']}": last["bytes_of_state"],
+        f"µs per token at {first['prompt']}": first["microseconds_per_token"],
+        f"µs at {last['prompt']}": last["microseconds_per_token"],
+    }
+
+
+def _draw(results, folder):
+    with figure(folder / "byte_language_models.png", width=11, height=5, panels=2) as axes:
+        values = {
+            "bytes of state after the longest prompt": [r["generation"][-1]["bytes_of_state"] for r in results],
+            "tokens per second in training": [r["training_tokens_per_second"] for r in results],
+        }
+        bits = [result["bits_per_byte"]["mean"] for result in results]
+        for axis, (label, xs) in zip(axes, values.items(), strict=True):
+            for i, (result, x, y) in enumerate(zip(results, xs, bits, strict=True)):
+                axis.plot(x, y, color=f"C{i % 10}", marker="osD^v"[i // 10 % 5], ms=5, ls="none")
+                axis.annotate(result["mixer"], (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6.5)
+            axis.set(xscale="log", xlabel=label, ylabel="bits per byte (test)")
+            axis.grid(alpha=0.3)
