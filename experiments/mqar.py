@@ -40,12 +40,13 @@ PUBLISHED = {
 
 SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "delta": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
+    "gated_delta": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
     "gated_linear_attention": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
-    "mamba2": tuple({"head_dim": 16, "state_size": n} for n in (8, 16, 32)),
-    "taylor": tuple({"heads": 2, "feature_dim": n} for n in (4, 8, 12)),
-    "window": tuple({"heads": 2, "window": n} for n in (8, 16, 32)),
+    "mamba2": tuple({"state_size": n} for n in (8, 32, 128)),
+    "taylor": tuple({"feature_dim": n} for n in (4, 8, 16)),
+    "window": tuple({"window": n} for n in (8, 16, 32)),
 }
-"""Options that change the size of a mixer's state, the default last but for `mamba2`; other mixers have one size."""
+"""Options that change the size of a mixer's state; other mixers have one size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +57,21 @@ class Config:
     """Names of `zoo.list_mixers()`."""
     sweep: bool = True
     """Train some mixers at several sizes of their state."""
-    vocabulary: int = 256
+    vocabulary: int = 128
     """Number of tokens: half of them keys, half of them values."""
     train: tuple[tuple[int, int, int], ...] = ((64, 4, 1), (64, 8, 1), (64, 16, 1))
     """Length, pairs and share of the training sequences."""
     test: tuple[tuple[int, int, int], ...] = ((64, 4, 512), (64, 8, 512), (64, 16, 512))
     """Length, pairs and number of the test sequences; the last is the one that mixers are compared at."""
-    width: int = 64
+    width: int = 32
     """Size of a token in the model."""
     heads: int = 2
     """Heads of mixers that have them, where a sweep does not say otherwise."""
     seeds: int = 1
     """Members per learning rate, with seeds 0, 1, …"""
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (3e-3,)
     """Every mixer is trained with each, and reported with its best."""
-    steps: int = 1000
+    steps: int = 1500
     """Training steps."""
     batch_size: int = 64
     """Sequences per step and member."""

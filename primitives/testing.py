@@ -97,10 +97,20 @@ def segment_ids_for(layout: str, time: int, batch: int = 2) -> np.ndarray | None
 
 def carried_state_for(mixer: Mixer, dtype: str, capacity: int) -> Any:
     """The state after some tokens of document 3 in every row but the last, where it is of document 2."""
+    return _state_after((3, 2), mixer, dtype, capacity)
+
+
+def fresh_state_for(mixer: Mixer, dtype: str, capacity: int) -> Any:
+    """What `state=None` stands for: the state after nothing but padding."""
+    return _state_after((-1, -1), mixer, dtype, capacity)
+
+
+@functools.cache
+def _state_after(documents, mixer, dtype, capacity):
     inputs = _cast(inputs_for(mixer, 5, dtype, seed=7), dtype)
-    ids = np.full((SIZES["batch"], 5), 3, np.int32)
-    ids[-1] = 2
-    return _forward(mixer, "sequential")(inputs, _fresh_state(mixer, inputs, capacity), jnp.asarray(ids))[1]
+    ids = np.repeat(np.array(documents, np.int32)[:, None], 5, axis=1)
+    with jax.enable_x64(dtype == "float64"):
+        return jax.device_get(_forward(mixer, "sequential")(inputs, _fresh_state(mixer, inputs, capacity), ids)[1])
 
 
 def _fresh_state(mixer, inputs, capacity):
@@ -115,7 +125,10 @@ def _round(array, dtype):
 
 def _cast(tree, dtype):
     """Arrays in a dtype; complex ones in the complex dtype that holds it."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(dtype, 1j) if np.iscomplexobj(x) else dtype), tree)
+    return jax.tree.map(
+        lambda x: np.asarray(x, jnp.promote_types(dtype, jnp.complex64) if np.iscomplexobj(x) else jnp.dtype(dtype)),
+        tree,
+    )
 
 
 # --- Running --------------------------------------------------------------------------------------------------------
@@ -133,13 +146,18 @@ class Result(NamedTuple):
 @functools.cache
 def _program(mixer: Mixer, variant: Callable, implementation: str | None):
     """A jitted ``(inputs, state, segment_ids) -> Result`` of one way to call a mixer."""
+    return jax.jit(_differentiated(_call(mixer, variant, implementation)))
+
+
+def _call(mixer, variant, implementation):
+    """``(inputs, state, segment_ids) -> (outputs, state)`` of one way to call a mixer."""
     function = functools.partial(mixer.function, implementation=implementation)
 
     def call(inputs, state, segment_ids):
         outputs, final = variant(mixer, function, inputs, state, segment_ids)
-        return outputs, final if mixer.initial_state is None else _continue(mixer, final, outputs.dtype)
+        return outputs, _meaning(mixer, final, outputs.dtype)
 
-    return jax.jit(_differentiated(call))
+    return call
 
 
 def _differentiated(call):
@@ -163,21 +181,28 @@ def _forward(mixer: Mixer, implementation: str | None):
     return jax.jit(functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation)))
 
 
+@jax.jit
 def _linear(results):
     """Σ result · cotangent over the floating point leaves; infinite entries (an empty maximum) do not count.
 
-    The cotangents, of real and of imaginary parts, are fixed noise, rounded so that every dtype represents it.
+    The cotangents, of real and of imaginary parts, are fixed noise, rounded so that every dtype represents it. The
+    second axis is drawn first: noise of more time begins with that of less.
     """
-    generator = np.random.default_rng(3)
     total = 0
-    for leaf in itertools.chain.from_iterable(map(_parts, _floating(results))):
-        cotangent = jnp.asarray(np.round(8 * generator.normal(size=leaf.shape)) / 8, leaf.dtype)
+    for seed, leaf in enumerate(itertools.chain.from_iterable(map(_parts, _floating(results)))):
+        noise = np.random.default_rng((3, seed)).normal(size=np.zeros(leaf.shape).swapaxes(0, 1).shape).swapaxes(0, 1)
+        cotangent = jnp.asarray(np.round(8 * noise) / 8, leaf.dtype)
         total += jnp.sum(jnp.where(jnp.isfinite(leaf), leaf, 0) * cotangent)
     return total
 
 
+def _meaning(mixer, state, dtype):
+    """A state, or for a cache what it stands for: caches that hold the same need not be equal."""
+    return state if mixer.initial_state is None else _continue(mixer, state, dtype)
+
+
 def _continue(mixer, state, dtype):
-    """What a cache stands for: the outputs of three more tokens. Caches that hold the same need not be equal."""
+    """The outputs of three more tokens."""
     inputs = _cast(inputs_for(mixer, 3, "bfloat16", seed=11), dtype)
     return mixer.function(**inputs, state=state, implementation="sequential")[0]
 
@@ -200,26 +225,59 @@ def evaluate(
     """Run one way to call a mixer forward and backward on the inputs of a case (or on the given ones).
 
     `dtype` is that of the computation where it differs from the case's, which rounds the inputs: the float64
-    reference of a bfloat16 case sees bfloat16 inputs and cotangents.
+    reference of a bfloat16 case sees bfloat16 inputs and cotangents. Variants begin with a state, even if it is fresh.
     """
     inputs = inputs_for(mixer, case.time, case.dtype) if inputs is None else inputs
-    segment_ids = segment_ids_for(case.layout, case.time)
     dtype = dtype or case.dtype
+    state = _state_for(mixer, case, dtype)
+    if variant is _whole and not _has_state(mixer, case):
+        state = None
     with jax.enable_x64(dtype == "float64"), _kernels(case.implementation):
-        arrays = _cast(inputs, dtype)
-        state = (carried_state_for if case.carried else _capacity_state)(mixer, case.dtype, case.time + 8)
-        state = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else _widen(x, dtype), state)
         program = _program(mixer, variant, case.implementation)
-        result = program(arrays, state, None if segment_ids is None else jnp.asarray(segment_ids))
-        return jax.tree.map(lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64), result)
+        result = program(_cast(inputs, dtype), state, segment_ids_for(case.layout, case.time))
+        return _widened(mixer, case, result)
 
 
-def _capacity_state(mixer, dtype, capacity):
-    return _fresh_state(mixer, _cast(inputs_for(mixer, 1, dtype), dtype), capacity)
+def reference(mixer: Mixer, case: Case, inputs: dict | None = None) -> Result:
+    """What the definition says of a case: sequential, in float64, with a state and with segment ids.
+
+    Padded at the end to one of few lengths, each of which is compiled once.
+    """
+    inputs = inputs_for(mixer, case.time, case.dtype) if inputs is None else inputs
+    state, ids = _state_and_ids(mixer, case, "float64")
+    padding = max(Case().time - case.time, 0)
+    ids = np.pad(ids, ((0, 0), (0, padding)), constant_values=-1)
+    padded = _time(mixer, inputs, lambda x: np.concatenate([x, np.repeat(x[:, -1:], padding, axis=1)], axis=1))
+    with jax.enable_x64(True):
+        result = _widened(mixer, case, _program(mixer, _whole, "sequential")(_cast(padded, "float64"), state, ids))
+    gradients = _time(mixer, result.gradients, lambda x: x[:, : case.time])
+    return result._replace(outputs=result.outputs[:, : case.time], gradients=gradients)
+
+
+def _has_state(mixer, case):
+    return case.carried or mixer.initial_state is not None
+
+
+def _state_for(mixer, case, dtype):
+    """The state that a case begins with, computed in its dtype; of one capacity where time is padded to one length."""
+    state = (carried_state_for if case.carried else fresh_state_for)(mixer, case.dtype, max(case.time, Case().time) + 8)
+    return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else _widen(x, dtype), state)
+
+
+def _state_and_ids(mixer, case, dtype):
+    """The state and the segment ids of a case, also where it has none: those of the document that goes on."""
+    state, ids = _state_for(mixer, case, dtype), segment_ids_for(case.layout, case.time)
+    return state, np.repeat(state.segment[:, None], case.time, axis=1) if ids is None else ids
+
+
+def _widened(mixer, case, result):
+    """A result in float64; gradients of a state that was not there are left out."""
+    result = jax.tree.map(lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64), result)
+    return result if _has_state(mixer, case) else result._replace(state_gradients=[])
 
 
 def _widen(array, dtype):
-    return array.astype(jnp.result_type(array.dtype, dtype))
+    return array.astype(jnp.promote_types(array.dtype, dtype))
 
 
 @contextlib.contextmanager
@@ -302,8 +360,7 @@ def assert_same(mixer: Mixer, actual: Result, expected: Result, dtype: str, what
 
 def check_definition(mixer: Mixer, case: Case) -> None:
     """Laws 1 and 6: outputs, final state and all gradients equal those of the sequential form in float64."""
-    reference = evaluate(mixer, case._replace(implementation="sequential"), dtype="float64")
-    assert_same(mixer, evaluate(mixer, case), reference, case.dtype, "definition")
+    assert_same(mixer, evaluate(mixer, case), reference(mixer, case), case.dtype, "definition")
 
 
 def check_finite_differences(mixer: Mixer) -> None:
@@ -327,23 +384,35 @@ def check_finite_differences(mixer: Mixer) -> None:
 
 def check_splitting(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
     """Law 2: pieces one after another equal the whole: outputs, final state, and gradients through the state."""
-    assert_same(
-        mixer, evaluate(mixer, case, variant=_split(cuts)), evaluate(mixer, case), case.dtype, f"split at {cuts}"
-    )
+    assert_same(mixer, _in_pieces(mixer, case, cuts), evaluate(mixer, case), case.dtype, f"split at {cuts}")
+
+
+def _in_pieces(mixer, case, cuts):
+    """Every piece is a call of its own, with a state and with segment ids: those of one length are compiled once."""
+    forward, join, bounds = _forward(mixer, case.implementation), _join(mixer), [0, *cuts, case.time]
+
+    def call(pieces, state, segment_ids):
+        outputs = [None] * len(pieces)
+        for i, (piece, ids) in enumerate(zip(pieces, segment_ids, strict=True)):
+            outputs[i], state = forward(piece, state, ids)
+        return join(outputs, state)
+
+    def cut(array):
+        return [array[:, start:stop] for start, stop in itertools.pairwise(bounds)]
+
+    inputs, (state, ids) = inputs_for(mixer, case.time, case.dtype), _state_and_ids(mixer, case, case.dtype)
+    pieces = [_time(mixer, _cast(inputs, case.dtype), lambda x, i=i: cut(x)[i]) for i in range(len(cuts) + 1)]
+    with jax.enable_x64(case.dtype == "float64"), _kernels(case.implementation):
+        result = _widened(mixer, case, _differentiated(call)(pieces, state, cut(ids)))
+    parts = {name: [piece[name] for piece in result.gradients] for name in inputs}
+    parameters = {name: sum(parts[name]) for name in inputs if name not in _timed(mixer)}
+    return result._replace(gradients=_time(mixer, parts, lambda x: np.concatenate(x, axis=1)) | parameters)
 
 
 @functools.cache
-def _split(cuts):
-    def variant(mixer, function, inputs, state, segment_ids):
-        pieces = []
-        for start, stop in zip((0, *cuts), (*cuts, None), strict=True):
-            piece = slice(start, stop)
-            ids = None if segment_ids is None else segment_ids[:, piece]
-            outputs, state = function(**_time(mixer, inputs, lambda x, p=piece: x[:, p]), state=state, segment_ids=ids)
-            pieces.append(outputs)
-        return jnp.concatenate(pieces, axis=1), state
-
-    return variant
+def _join(mixer):
+    """Outputs of pieces as those of the whole, and what the last state means."""
+    return jax.jit(lambda outputs, state: (jnp.concatenate(outputs, 1), _meaning(mixer, state, outputs[0].dtype)))
 
 
 def _time(mixer, inputs, function):
@@ -373,10 +442,8 @@ def _steps(mixer, function, inputs, state, segment_ids):
         outputs, state = function(**_time(mixer, inputs, at), state=state, segment_ids=ids)
         return state, outputs[:, 0]
 
-    time = inputs[_timed(mixer)[0]].shape[1]
-    state, first = step(state, 0)
-    state, rest = jax.lax.scan(step, state, jnp.arange(1, time))
-    return jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1), state
+    state, outputs = jax.lax.scan(step, state, jnp.arange(inputs[_timed(mixer)[0]].shape[1]))
+    return outputs.swapaxes(0, 1), state
 
 
 def check_causality(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
@@ -393,14 +460,14 @@ def check_causality(mixer: Mixer, case: Case, cuts: tuple[int, ...]) -> None:
 
 def check_segments(mixer: Mixer, case: Case) -> None:
     """Law 5: packed and padded rows equal their documents run one by one: outputs, states, gradients."""
-    reference = evaluate(
+    alone = evaluate(
         mixer,
         case._replace(implementation="sequential"),
         variant=_documents(case.layout, case.time, case.carried),
         dtype="float64",
     )
     result = evaluate(mixer, case)
-    assert_same(mixer, result, reference, case.dtype, "documents")
+    assert_same(mixer, result, alone, case.dtype, "documents")
     ids = segment_ids_for(case.layout, case.time)
     if ids is not None:
         assert not np.any(result.outputs[ids < 0]), "outputs at padding are not zero"
@@ -451,11 +518,12 @@ def check_extreme(mixer: Mixer, case: Case, extreme: str) -> None:
     """Law 7: on extreme inputs everything is finite and equals the definition."""
     inputs = mixer.extremes[extreme](inputs_for(mixer, case.time, case.dtype))
     inputs = {name: _round(x, case.dtype) for name, x in inputs.items()}
-    reference = evaluate(mixer, case._replace(implementation="sequential"), inputs, dtype="float64")
     result = evaluate(mixer, case, inputs)
     for name, leaf in (("outputs", result.outputs), *result.gradients.items()):
         assert np.all(np.isfinite(leaf)), f"{extreme}: {name} not finite"
-    assert_same(mixer, result, reference, case.dtype, extreme, unit=1)  # gradients of nearly zero, of terms of size 1
+    assert_same(
+        mixer, result, reference(mixer, case, inputs), case.dtype, extreme, unit=1
+    )  # gradients of nearly zero, of terms of size 1
 
 
 def check_constant_memory(mixer: Mixer) -> None:
@@ -470,56 +538,60 @@ def check_constant_memory(mixer: Mixer) -> None:
         assert state_of(time, state) == first, f"the state changes its shape at time {time}"
 
 
+def _carried(mixer, seeds):
+    """Inputs for seeds and a state to continue, in float32: what laws 9 share, so that they share a program."""
+    case = Case(carried=True)
+    inputs = [_cast(inputs_for(mixer, case.time, case.dtype, seed), case.dtype) for seed in seeds]
+    return inputs, _state_for(mixer, case, case.dtype)
+
+
 def check_vmap(mixer: Mixer, implementation: str | None) -> None:
     """Law 9: `vmap` over a new axis equals a loop over it, and `vmap` of gradients too."""
     with _kernels(implementation):
-        inputs = [_cast(inputs_for(mixer, 70, "float32", seed), "float32") for seed in (0, 1)]
-        state, program = _capacity_state(mixer, "float32", 78), _program(mixer, _whole, implementation)
+        inputs, state = _carried(mixer, (0, 1))
+        program = _program(mixer, _whole, implementation)
         alone = [program(x, state, None) for x in inputs]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
-        together = jax.vmap(lambda x: program(x, state, None))(stacked)
-        assert_same(mixer, together, jax.tree.map(lambda *x: np.stack(x), *alone), "float32", "vmap")
+        together = jax.vmap(lambda x: program(x, state, None))(_stack(inputs))
+        assert_same(mixer, together, _stack(alone), "float32", "vmap")
+
+
+def _stack(trees):
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
 def check_layers(mixer: Mixer, implementation: str | None) -> None:
     """Law 9: rematerialised in a scan over layers equals plain calls, with gradients."""
     with _kernels(implementation):
-        layers = [_cast(inputs_for(mixer, 70, "float32", seed), "float32") for seed in (0, 1)]
-        state = _capacity_state(mixer, "float32", 78)
+        layers, state = _carried(mixer, (0, 1))
+        alone = _stack([_program(mixer, _whole, implementation)(inputs, state, None) for inputs in layers])
+        expected = [leaf.sum(0) for leaf in _floating((alone.outputs, alone.state))]
+        call = _call(mixer, _whole, implementation)
 
-        def layer(total, inputs):
-            return total + mixer.function(**inputs, state=state, implementation=implementation)[0], None
+        @jax.jit
+        def gradient(layers, state):
+            def layer(total, inputs):
+                return jax.tree.map(operator.add, total, _floating(call(inputs, state, None))), None
 
-        def scanned(stacked):
-            start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda x: layer(0.0, x)[0], layers[0]))
-            return _linear(jnp.square(jax.lax.scan(jax.checkpoint(layer), start, stacked)[0]))
+            def loss(layers):
+                total = jax.lax.scan(jax.checkpoint(layer), jax.tree.map(jnp.zeros_like, expected), layers)[0]
+                return _linear(total), total
 
-        def plain(stacked):
-            unstacked = (jax.tree.map(operator.itemgetter(i), stacked) for i in (0, 1))
-            return _linear(jnp.square(sum(layer(0.0, inputs)[0] for inputs in unstacked)))
+            return jax.grad(loss, has_aux=True)(layers)
 
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-        results = [jax.jit(jax.value_and_grad(f))(stacked) for f in (scanned, plain)]
-        _assert_sums_close(*results, "float32", "layers")
+        _assert_sums_close(gradient(_stack(layers), state), (alone.gradients, expected), "float32", "layers")
 
 
 def check_export(mixer: Mixer, implementation: str | None) -> None:
     """Law 9: a call with a state survives serialisation, with its gradient; kernels for the TPU, others for here."""
-    inputs = _cast(inputs_for(mixer, 70, "float32"), "float32")
-    state = carried_state_for(mixer, "float32", 78)
-    ids = jnp.asarray(segment_ids_for("packed", 70))
-    function = _forward(mixer, implementation)
+    case = Case(implementation, layout="packed", carried=True)
+    (inputs,), state = _carried(mixer, (0,))
+    arguments = inputs, state, segment_ids_for(case.layout, case.time)
     platform = "tpu" if implementation == "pallas" else "cpu"
-    exported = jax.export.export(function, platforms=[platform])(inputs, state, ids)
+    exported = jax.export.export(jax.jit(_call(mixer, _whole, implementation)), platforms=[platform])(*arguments)
     exported = jax.export.deserialize(exported.serialize(vjp_order=1))
     if platform == "cpu":
-        results, pull = jax.vjp(function, inputs, state, ids)
-        assert_close(exported.call(inputs, state, ids), results, "float32", "export")
-        cotangents = jax.tree.map(
-            lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0), results
-        )
-        gradients = exported.vjp().call(*jax.tree.leaves((inputs, state, ids)), *jax.tree.leaves(cotangents))
-        _assert_sums_close(_floating(gradients), _floating(pull(cotangents)), "float32", "export: gradient")
+        result = jax.jit(_differentiated(exported.call))(*arguments)
+        assert_same(mixer, result, evaluate(mixer, case), "float32", "export")
 
 
 def check_shard_map(mixer: Mixer, implementation: str | None, carried: bool) -> None:
@@ -548,30 +620,36 @@ def _check_sharded(mixer, implementation, carried, axis_type, wrap):
     inputs, before = (_cast(inputs_for(mixer, t, "float32", **sizes), "float32") for t in (70, 5))
     ids = jnp.asarray(segment_ids_for("packed", 70, batch=4))
     state = _fresh_state(mixer, before, 83)
-    if carried:
-        state = _forward(mixer, "sequential")(before, state, None)[1]
-    state_specs = type(state or mixer.function(**before)[1])(*map(spec, mixer.state_axes))
+    forward = _forward(mixer, "sequential")
+    state_specs = type(jax.eval_shape(forward, before, state, None)[1])(*map(spec, mixer.state_axes))
+    state = forward(before, state, None)[1] if carried else state
     in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, state and state_specs, spec("batch"))
     out_specs = (spec(f"batch time {min(heads)}"), state_specs)
 
     program = functools.partial(_whole, mixer, functools.partial(mixer.function, implementation=implementation))
-    with _kernels(implementation):
-        alone = jax.jit(_differentiated(program))(inputs, state, ids)
-        with jax.set_mesh(mesh):
-            placed = jax.tree.map(
-                lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (inputs, state, ids), in_specs
-            )
-            sharded = jax.jit(_differentiated(wrap(program, mesh, in_specs, out_specs)))(*placed)
-        _assert_sums_close(sharded, alone, "float32", "sharded")
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else _widen(x, "float64"), state)
+        alone = _definition(mixer)(_cast(inputs, "float64"), wide, ids)
+    with _kernels(implementation), jax.set_mesh(mesh):
+        placed = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (inputs, state, ids), in_specs
+        )
+        sharded = jax.jit(_differentiated(wrap(program, mesh, in_specs, out_specs)))(*placed)
+    _assert_sums_close(sharded, alone, "float32", "sharded")
+
+
+@functools.cache
+def _definition(mixer):
+    """A jitted ``(inputs, state, segment_ids) -> Result`` of the sequential form."""
+    return jax.jit(_differentiated(_forward(mixer, "sequential")))
 
 
 def check_x64(mixer: Mixer, implementation: str | None) -> None:
     """Law 9: float32 inputs give the same with x64 on."""
-    inputs = _cast(inputs_for(mixer, 70, "float32"), "float32")
+    (inputs,), state = _carried(mixer, (0,))
     results = []
     for x64 in (False, True):
         with jax.enable_x64(x64), _kernels(implementation):
-            state = carried_state_for(mixer, "float32", 78)
             results.append(_program(mixer, _whole, implementation)(inputs, state, None))
     for leaf, other in zip(*map(jax.tree.leaves, results), strict=True):
         assert leaf.dtype == other.dtype, f"x64 changes a dtype from {leaf.dtype} to {other.dtype}"
@@ -580,23 +658,21 @@ def check_x64(mixer: Mixer, implementation: str | None) -> None:
 
 def check_forward_mode(mixer: Mixer, implementation: str) -> None:
     """`jvp` is the transpose of `vjp`: ⟨c, J t⟩ = ⟨Jᵀ c, t⟩, for the implementations that promise forward mode."""
+    case = Case(implementation, "float64", carried=True)
+    inputs, tangents = (_cast(inputs_for(mixer, case.time, case.dtype, seed), case.dtype) for seed in (0, 5))
+    state, call = _state_for(mixer, case, case.dtype), _call(mixer, _whole, implementation)
     with jax.enable_x64(True):
-        inputs, tangents = (_cast(inputs_for(mixer, 70, "float64", seed), "float64") for seed in (0, 5))
-        state = _capacity_state(mixer, "float64", 78)
-
-        def loss(inputs):
-            return _linear(mixer.function(**inputs, state=state, implementation=implementation))
-
-        forward = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,))[1])(inputs, tangents)
-        gradients = jax.jit(jax.grad(loss))(inputs)
-        reverse = sum(jnp.sum(gradients[name] * tangents[name]).real for name in inputs)
-        np.testing.assert_allclose(forward, reverse, rtol=1e-10)
+        loss = jax.jit(lambda x, t: jax.jvp(lambda x: _linear(call(x, state, None)), (x,), (t,))[1])
+        forward = loss(inputs, tangents)
+    gradients = reference(mixer, case).gradients
+    reverse = sum(np.sum(gradients[name] * tangents[name]).real for name in inputs)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-10)
 
 
 def check_distinct(mixer: Mixer) -> None:
     """Differently named implementations are different programs, and the kernel is a kernel."""
     inputs = _cast(inputs_for(mixer, 130, "float32"), "float32")
-    state = _capacity_state(mixer, "float32", 130)
+    state = fresh_state_for(mixer, "float32", 138)
     programs = {
         name: str(jax.make_jaxpr(functools.partial(mixer.function, implementation=name))(**inputs, state=state))
         for name in mixer.implementations

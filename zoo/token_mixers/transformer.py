@@ -25,16 +25,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import causal_attention, rotary
-from zoo.layers import (
-    MixerConfig,
-    PositionState,
-    StackConfig,
-    count_positions,
-    fresh_positions,
-    merge_heads,
-    split_heads,
-)
+from primitives import cache_positions, causal_attention, rotary
+from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads
 from zoo.token_mixers import aaren
 
 
@@ -52,10 +44,7 @@ class SelfAttention(nnx.Module):
         heads = split_heads(self.query_key_value(x), self.heads + 2 * self.kv_heads)
         q, k, v = jnp.split(heads, (self.heads, self.heads + self.kv_heads), axis=2)
         if self.rotary:
-            before = fresh_positions(segment_ids, x.shape[0])
-            if state is not None:
-                before = PositionState(state.index - state.start, state.segment)
-            positions, _ = count_positions(segment_ids, before, x.shape[1])
+            positions = cache_positions(segment_ids, state, *x.shape[:2])
             q, k = rotary(q, positions), rotary(k, positions)
         outputs, state = causal_attention(q, k, v, state=state, segment_ids=segment_ids)
         return self.output(merge_heads(outputs)), state
