@@ -7,15 +7,13 @@ takes another version of JAX than this one:
     python -m venv .venv-peer && .venv-peer/bin/pip install jax-linear-attention==0.1.0 jax==0.11.2
     python -m experiments benchmark_recurrences --peer .venv-peer/bin/python
 
-`python -m experiments.benchmark_recurrences RESULT.json` puts a result into docs/recurrences.md.
+`python -m experiments.publish RESULT.json` puts a result into docs/recurrences.md.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,7 +27,7 @@ from jax import lax
 from experiments import ExperimentError, check_positive
 from experiments.figures import draw_growth, figure
 from experiments.measure import compile_call, measure_growth, temporary_bytes, time_call, with_gradients
-from experiments.results import table, write_json
+from experiments.results import table
 from experiments.trainer import progress
 from primitives import delta_rule, linear_attention, linear_recurrence, selective_scan
 from primitives.testing import row_errors
@@ -37,7 +35,6 @@ from primitives.testing import row_errors
 PEER = ("jax-linear-attention==0.1.0", "jax==0.11.2")
 TOLERANCE = 1e-3  # of the results that are compared before they are timed
 CHUNK = 64  # tokens of a call in the stream
-START, END = "<!-- results -->", "<!-- /results -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +121,8 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     for name, section in SECTIONS.items():
         results[name] = section.measure(config)
         print(f"\n{section.show(results[name])}")
-    draw(results["growth"], folder / "growth.png")
-    print(f"\nfigure: {folder / 'growth.png'}")
+    draw(results, folder)
+    print(f"\nfigure: {folder / 'recurrences_growth.png'}")
     return results
 
 
@@ -460,9 +457,10 @@ def _show_growth(section):
     return f"{head}\n\n{table(rows)}"
 
 
-def draw(growth: Mapping[str, Any], path: Path) -> None:
+def draw(metrics: Mapping[str, Any], folder: Path) -> None:
     """The growth of time, a panel for each primitive."""
-    with figure(path, width=12, height=3.4, panels=len(growth)) as axes:
+    growth = metrics["growth"]
+    with figure(folder / "recurrences_growth.png", width=12, height=3.4, panels=len(growth)) as axes:
         for axis, (name, measured) in zip(axes, growth.items(), strict=True):
             draw_growth(axis, measured, title=name)
 
@@ -543,25 +541,6 @@ SECTIONS = {
 }
 
 
-# The page of the documentation
-
-
-def render(result: Mapping[str, Any]) -> str:
-    """The tables of a result.json as Markdown."""
-    machine, versions = result["machine"], result["versions"]
-    head = f"Measured by `{result['command']}` on {machine['cores']} cores of {machine['cpu']}, jax {versions['jax']}."
-    return "\n\n".join([head, *(section.show(result["metrics"][name]) for name, section in SECTIONS.items())])
-
-
-def publish(result: Path, docs: Path) -> None:
-    """Put a result.json into `docs`: itself, the figure, and the tables between the markers of the page."""
-    content, page = json.loads(result.read_text()), docs / "recurrences.md"
-    write_json(docs / "benchmark_recurrences.json", content)
-    draw(content["metrics"]["growth"], docs / "recurrences_growth.png")
-    before, rest = page.read_text(encoding="utf-8").split(START)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{START}\n{render(content)}\n{END}{after}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    publish(Path(sys.argv[1]), Path(__file__).parents[1] / "docs")
+def show(metrics: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    return "\n\n".join(section.show(metrics[name]) for name, section in SECTIONS.items())

@@ -8,6 +8,7 @@ recurrences: the table has both, at two lengths.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,34 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     budget = _parameters("attention", config, config.hidden)
     results = [_compare(name, config, text, budget, folder / name) for name in config.mixers]
     results.sort(key=lambda result: result["bits_per_byte"]["mean"])
-    references = {"order 0": _entropy(text, 0), "order 1": _entropy(text, 1), "order 2": _entropy(text, 2)}
-    _draw(results, folder)
-    print(f"\nOn {config.test_windows} windows of {config.test_length} bytes of the test split:\n")
-    print(table([_row(result) for result in results]))
-    print("\nBits per byte of the counts of the training split, smoothed: ", end="")
-    print(", ".join(f"{name} {bits:.3f}" for name, bits in references.items()))
-    print(f"\n{config.generated} bytes after a prompt of the test split, at temperature 0.8 with top_p 0.95:\n")
-    for result in results:
-        print(f"{result['mixer']:>26}: {result['sample']!r}")
-    print(f"\nfigure: {folder / 'byte_language_models.png'}")
-    return {"parameters": budget, "source": text.source, "references": references, "results": results}
+    metrics = {
+        "source": text.source,
+        "parameters": budget,
+        "windows": f"{config.test_windows} windows of {config.test_length} bytes",
+        "references": {order: _entropy(text, order) for order in range(3)},
+        "results": results,
+    }
+    draw(metrics, folder)
+    print(f"\n{show(metrics)}\n\nfigure: {folder / 'byte_language_models.png'}")
+    return metrics
+
+
+def show(metrics: Mapping[str, Any]) -> str:
+    """The table and the samples as Markdown."""
+    counts = ", ".join(f"{bits:.3f} for {order} bytes before" for order, bits in metrics["references"].items())
+    samples = "\n".join(f"{result['mixer']:>24}  {result['sample']!r}" for result in metrics["results"])
+    return f"""{metrics["source"]}; {metrics["windows"]} of the test split; beside attention a model has \
+{metrics["parameters"]:,} parameters.
+
+{table([_row(result) for result in metrics["results"]])}
+
+Bits per byte of the counts of the training split, each plus 0.01: {counts}.
+
+What each writes after the beginning of the test split, at temperature 0.8, `top_p` 0.95, with the same key:
+
+```
+{samples}
+```"""
 
 
 def _create(name: str, config: Config, hidden: int, key: Any) -> nnx.Module:
@@ -252,7 +270,9 @@ def _row(result):
     }
 
 
-def _draw(results, folder):
+def draw(metrics: Mapping[str, Any], folder: Path) -> None:
+    """Bits per byte against bytes of state, and against the speed of training."""
+    results = metrics["results"]
     with figure(folder / "byte_language_models.png", width=11, height=5, panels=2) as axes:
         values = {
             "bytes of state after the longest prompt": [r["generation"][-1]["bytes_of_state"] for r in results],

@@ -6,8 +6,8 @@ block. Nothing runs: bytes and collectives are the compiler's. It needs libtpu, 
 
 import dataclasses
 import re
-import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,17 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         for model in config.models:
             rows.append(_compile(model, mesh, config))
             bar.update()
-    print(f"{config.topology}, {mesh.shape['data']} x {mesh.shape['tensor']} chips (data x tensor); GiB on each chip\n")
-    print(table(rows))
-    return {"rows": rows}
+    chips = f"{config.topology}: {mesh.shape['data']} for data times {mesh.shape['tensor']} for tensors"
+    metrics = {"chips": chips, "batch": config.batch, "time": config.time, "rows": rows}
+    print(f"\n{show(metrics)}")
+    return metrics
+
+
+def show(metrics: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    return f"""{metrics["chips"]}; batches of {metrics["batch"]} x {metrics["time"]:,} tokens. GiB are on each chip.
+
+{table(metrics["rows"])}"""
 
 
 def _compile(model, mesh, config):
@@ -106,7 +114,6 @@ def _compile(model, mesh, config):
     )  # fmt: skip
     batch = NamedSharding(mesh, PartitionSpec("data"))
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=everywhere)
-    begun = time.perf_counter()
     tokens = jax.ShapeDtypeStruct((config.batch, config.time + 1), jnp.int32, sharding=batch)
     inputs = [
         jax.tree.map(lambda x, sharding: x.update(sharding=sharding), types, where)
@@ -121,10 +128,9 @@ def _compile(model, mesh, config):
     return {
         "model": model,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "parameters and moments": memory.argument_size_in_bytes / 2**30,
-        "temporaries": memory.temp_size_in_bytes / 2**30,
-        "initialisation": initial.memory_analysis().temp_size_in_bytes / 2**30,
+        "parameters, moments (GiB)": memory.argument_size_in_bytes / 2**30,
+        "temporaries (GiB)": memory.temp_size_in_bytes / 2**30,
+        "of initialisation (GiB)": initial.memory_analysis().temp_size_in_bytes / 2**30,
         "kernels": text.count("tpu_custom_call"),
         **{name: found[name] for name in COLLECTIVES},
-        "seconds to compile": time.perf_counter() - begun,
     }

@@ -107,17 +107,29 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     for name, options in _points(config):
         where = folder / "-".join([name, *(f"{key}{value}" for key, value in options.items())])
         results.append(_train(name, options, config, test, where))
-    references = _references(config)
-    _draw(results, references, folder)
-    print("\nAccuracy of recall, and bytes of state after the whole sequence:\n")
-    print(table([_row(result, config) for result in sorted(results, key=_score, reverse=True)]))
-    agreement = _agreement(results)
-    print(f"\nA guess among all values is right in {references['any value']:.4g} of queries, one among the values that")
-    print(f"the sequence has in {references['any value of the sequence']:.4g}.\n")
-    print(table(agreement["rows"]))
-    print(f"\nOf {agreement['pairs']} pairs of mixers, {agreement['agree']} have the order that was published.")
-    print(f"\nfigure: {folder / 'mqar.png'}")
-    return {"references": references, "results": results, "published": agreement}
+    references = {"any value": 2 / config.vocabulary, "any value of the sequence": 1 / config.test[-1][1]}
+    metrics = {"references": references, "results": results}
+    draw(metrics, folder)
+    print(f"\n{show(metrics)}\n\nfigure: {folder / 'mqar.png'}")
+    return metrics
+
+
+def show(metrics: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    results, references = metrics["results"], metrics["references"]
+    rows, (agree, pairs) = _published(results)
+    return f"""Accuracy of recall, and bytes of the mixer's state after a whole sequence:
+
+{table([_row(result) for result in sorted(results, key=_score, reverse=True)])}
+
+Answering with any value is right in {references["any value"]:.4g} of queries, with any value of the sequence in \
+{references["any value of the sequence"]:.4g}.
+
+The published points, of other sizes than those here, beside the best of each mixer here:
+
+{table(rows)}
+
+Of {pairs} pairs of mixers, {agree} have the order that was published."""
 
 
 def _points(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -222,11 +234,10 @@ def _score(result: Mapping[str, Any]) -> float:
     return list(result["accuracy"].values())[-1]["mean"]
 
 
-def _row(result: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    options = ", ".join(f"{name} {value}" for name, value in result["options"].items())
+def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "mixer": result["mixer"],
-        "options": options,
+        "options": ", ".join(f"{name} {value}" for name, value in result["options"].items()),
         **result["accuracy"],
         "bytes of state": result["bytes_of_state"],
         "parameters": result["parameters"],
@@ -234,31 +245,25 @@ def _row(result: Mapping[str, Any], config: Config) -> dict[str, Any]:
     }
 
 
-def _references(config: Config) -> dict[str, float]:
-    """What can be had without looking anything up."""
-    return {"any value": 2 / config.vocabulary, "any value of the sequence": 1 / config.test[-1][1]}
-
-
-def _agreement(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The published points beside the best of each mixer here, and how many pairs are in the same order."""
+def _published(results: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    """The published points beside the best of each mixer here; of the pairs, how many have the same order."""
     best = {name: max(_score(r) for r in results if r["mixer"] == name) for name in {r["mixer"] for r in results}}
-    common = [name for name in PUBLISHED if name in best]
+    common = [name for name in PUBLISHED if name in best]  # in falling order
     pairs = list(itertools.combinations(common, 2))
-    return {
-        "rows": [{"mixer": name, "published": PUBLISHED[name], "here": best[name]} for name in common],
-        "pairs": len(pairs),
-        "agree": sum(best[a] >= best[b] for a, b in pairs),  # PUBLISHED is in falling order
-    }
+    rows = [{"mixer": name, "published": PUBLISHED[name], "here": best[name]} for name in common]
+    return rows, (sum(best[a] >= best[b] for a, b in pairs), len(pairs))
 
 
-def _draw(results, references, folder):
+def draw(metrics: Mapping[str, Any], folder: Path) -> None:
+    """Accuracy against bytes of state, a line for each mixer."""
+    results = metrics["results"]
     with figure(folder / "mqar.png", width=8, height=5) as (axis,):
         for color, name in enumerate(dict.fromkeys(result["mixer"] for result in results)):
             points = sorted((r["bytes_of_state"], _score(r)) for r in results if r["mixer"] == name)
             style = {"color": f"C{color % 10}", "marker": "osD^v"[color // 10 % 5], "ms": 4, "lw": 1}
             axis.plot(*zip(*points, strict=True), **style)
             axis.annotate(name, points[-1], xytext=(4, 2), textcoords="offset points", fontsize=6.5)
-        for style, (name, accuracy) in zip((":", "--"), references.items(), strict=True):
+        for style, (name, accuracy) in zip((":", "--"), metrics["references"].items(), strict=True):
             axis.axhline(accuracy, color="gray", ls=style, lw=1, label=name)
         axis.set(xscale="log", xlabel="bytes of the mixer's state", ylabel="accuracy of recall", ylim=(0, 1.03))
         axis.set_title("Associative recall against the size of the state")

@@ -140,10 +140,12 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
             ),
         },
     ),
-    "causal_attention": _attention(causal_attention, {"key_heads": 2, "value_heads": 4}),
-    "sigmoid_attention": _attention(
-        sigmoid_attention, {"key_heads": 2, "value_heads": 2}, bias=lambda noise: noise - np.log(131)
-    ),
+    "causal_attention": {
+        "softmax": _attention(causal_attention, {"key_heads": 2, "value_heads": 4}),
+        "sigmoid": _attention(
+            sigmoid_attention, {"key_heads": 2, "value_heads": 2}, bias=lambda noise: noise - np.log(131)
+        ),
+    },
     "sliding_window_attention": _attention(
         partial(sliding_window_attention, window=8), {"key_heads": 1, "value_heads": 2}
     )._replace(
@@ -266,12 +268,13 @@ def _possible(mixer, row):
 
 
 def _telling(mixer, row):
-    """Lengths matter to forms that work in chunks, and wide dtypes show whether they are right."""
-    time = row.get("time", 100)
-    if row.get("implementation") == "sequential" and time not in (2, 100):
+    """Lengths matter to forms that work in chunks, and the widest dtype of a form shows whether it is right."""
+    time, implementation = row.get("time", 100), row.get("implementation")
+    if implementation == "sequential" and time not in (2, 100):
         return False
     simple = row.get("layout") in ("one document", "packed and padded")
-    return time >= 100 or (simple and (time > 64 or row["dtype"] not in HALF))
+    widest = "float32" if implementation == "pallas" else "float64"
+    return time >= 100 or (simple and (time > 64 or row["dtype"] == widest))
 
 
 def _pairs(rows):

@@ -1,5 +1,3 @@
-import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -79,30 +77,3 @@ def test_the_plain_forms_equal_the_primitives():
 def test_a_stream_is_a_multiple_of_its_pieces():
     with pytest.raises(ValueError, match="streamed"):
         benchmark.Config(streamed=1000, piece=64)
-
-
-def test_the_page_shows_the_recorded_result(tmp_path):
-    docs = ROOT / "docs"
-    shutil.copy(docs / "recurrences.md", tmp_path)
-    benchmark.publish(docs / "benchmark_recurrences.json", tmp_path)
-    for name in ("recurrences.md", "benchmark_recurrences.json"):
-        assert (tmp_path / name).read_text() == (docs / name).read_text()
-    assert (tmp_path / "recurrences_growth.png").stat().st_size > 0
-
-
-def test_the_page_shows_no_other_result(tmp_path):
-    result = json.loads((ROOT / "docs" / "benchmark_recurrences.json").read_text())
-    result["metrics"]["growth"]["delta_rule"]["exponents"]["forward"] = 1.2345
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    shutil.copy(ROOT / "docs" / "recurrences.md", tmp_path)
-    benchmark.publish(tmp_path / "result.json", tmp_path)
-    page = (tmp_path / "recurrences.md").read_text()
-    assert "| 1.234 " in page or "| 1.235 " in page
-    assert page != (ROOT / "docs" / "recurrences.md").read_text()
-
-
-def test_a_page_without_markers_stays_as_it_is(tmp_path):
-    (tmp_path / "recurrences.md").write_text("prose")
-    with pytest.raises(ValueError, match="unpack"):
-        benchmark.publish(ROOT / "docs" / "benchmark_recurrences.json", tmp_path)
-    assert (tmp_path / "recurrences.md").read_text() == "prose"

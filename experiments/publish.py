@@ -1,0 +1,63 @@
+"""Put a result into the documentation: `python -m experiments.publish RESULT.json`.
+
+An experiment whose results are shown in docs/ has a function ``show(metrics) -> str``, Markdown, and, if there are
+figures, ``draw(metrics, folder)``. They get the metrics of a result.json, so that what is shown is what was recorded.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.results import write_json
+
+__all__ = ["publish", "render"]
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """A result.json as Markdown: how it was measured, then what its experiment shows."""
+    machine, versions = result["machine"], result["versions"]
+    head = f"Measured by `{result['command']}` on {machine['cores']} cores of {machine['cpu']}, jax {versions['jax']}."
+    return f"{head}\n\n{_module(result).show(result['metrics'])}"
+
+
+def publish(result: Path, docs: Path = DOCS) -> Path:
+    """Copy a result into `docs`, draw its figures there, and put its tables between the markers of a page.
+
+    The page is the one that has the markers ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the experiment; `ValueError`
+    where none has. Learning curves stay in the run's folder. Returns the page.
+    """
+    content = json.loads(result.read_text())
+    name = content["experiment"]
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    pages = [page for page in sorted(docs.glob("*.md")) if start in page.read_text(encoding="utf-8")]
+    if len(pages) != 1 or end not in pages[0].read_text(encoding="utf-8"):
+        raise ValueError(f"{docs}: expected one page with the markers {start} and {end}")
+    content = _without_history(content)
+    before, rest = pages[0].read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    write_json(docs / f"{name}.json", content)
+    getattr(_module(content), "draw", lambda metrics, folder: None)(content["metrics"], docs)
+    pages[0].write_text(f"{before}{start}\n{render(content)}\n{end}{after}", encoding="utf-8")
+    return pages[0]
+
+
+def _module(result):
+    return importlib.import_module(f"experiments.{result['experiment']}")
+
+
+def _without_history(value):
+    match value:
+        case dict():
+            return {key: _without_history(item) for key, item in value.items() if key != "history"}
+        case list():
+            return [_without_history(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    print(publish(Path(sys.argv[1])))
