@@ -22,6 +22,7 @@ Deviations:
 
   It starts as the paper's, l / L, is 0 in the first layer (there a has no effect, and no gradient), and stays in
   [0, 1); but that the bounds go on to rise from layer to layer is up to training.
+- We had no text of the paper: equations are from released code and a review.
 - Projections start from LeCun normals; W_g has full rank. The variants for both directions and for images are not here.
 - Presets: sizes of the paper's models were not in what we had. In "tiny" norm and channel mixer are our choice: layer
   norms, and a gated linear unit with silu.

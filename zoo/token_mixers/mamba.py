@@ -14,7 +14,8 @@ A starts from −1 … −N (S4D-Real), D from ones, b_dt so that steps are log-
 Presets are named and sized as the authors' published models, whose vocabulary is 50,280 and whose embedding is tied.
 
 Deviations: W_dt starts from LeCun normals as all projections do, where the authors' code has uniform numbers, and
-output projections are not scaled down with the depth. The bias of the convolution starts from zero.
+output projections are not scaled down with the depth. The bias of the convolution starts from zero. We had no text of
+the paper: equations, sections and sizes are from memory.
 """
 
 import dataclasses

@@ -16,7 +16,8 @@ have no channel mixer, norms are root mean squares in front.
 Presets are named and sized as the authors' published models, whose vocabulary is 50,288 and whose embedding is tied.
 
 Deviations: one group of B and C (the paper has groups for tensor parallelism), output projections are not scaled down
-with the depth, and the bias of the convolution starts from zero.
+with the depth, and the bias of the convolution starts from zero. We had no text of the paper: equations, sections and
+sizes are from memory.
 """
 
 import dataclasses

@@ -20,7 +20,8 @@ Implemented, with a hidden layer as wide as a token:
 Deviations: the mixers are hidden layers in a stack with residual connections and norms, what the survey has around them
 (outputs by softmax, sequences to sequences, neural Turing machines) is not here. Its Jordan network feeds back what the
 network puts out; here it is what the layer does, and linear. The GRU has biases, which its paper leaves out. All
-biases, also that of the forget gate, and peepholes start from zero, matrices from LeCun normals.
+biases, also that of the forget gate, and peepholes start from zero, matrices from LeCun normals. We had no text of the
+papers: equations are from memory.
 """
 
 import dataclasses

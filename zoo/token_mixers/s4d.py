@@ -16,6 +16,7 @@ channel i with N/2 modes, one of each pair of conjugates, and n from 0,
 
 Deviations and what is our reading:
 
+- We had no text of the paper: equations and starts are from memory.
 - b is one and not learned: outputs depend on the products of b and c only.
 - A recurrence (`primitives.state_space_bank`) where the paper convolves with the kernel of the whole sequence; the
   states of all tokens exist at once.

@@ -14,6 +14,7 @@ with a step dt for each mode.
 
 Deviations and what is our reading:
 
+- We had no text of the paper: equations and the start are from memory.
 - The real part of a is minus an exponential, so that no state grows; the paper learns a itself. Where c starts from
   complex numbers in the authors' code it starts from real ones here, seen through V in either case. Gelu is its form
   with a tanh.
