@@ -4,7 +4,8 @@ For each mixer: bits per byte on the test split, tokens per second in training, 
 generated token, and a sample. Models differ in the mixer alone; the inner size of their channel mixers makes up for its
 parameters. No paper reports these numbers: the sizes here are for a CPU, and papers compare at far larger ones. What
 papers claim is the order of mixers in quality, and that the time and memory of a generated token do not grow for
-recurrences: the table has both, at two lengths.
+recurrences: the table has both, at two lengths, and the last lines say whether it holds. A window of the test split is
+as long as a training sequence, and starts without context.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ import optax
 from flax import nnx
 
 import zoo
-from experiments import check_positive
+from experiments import ExperimentError, check_positive
 from experiments.data import check_text, load_text, text_batches, text_evaluation_batches
 from experiments.figures import figure
 from experiments.measure import time_call
 from experiments.results import summary, table
-from experiments.trainer import fit, schedule
+from experiments.trainer import DivergedError, fit, schedule
 
 VOCABULARY = 256
 
@@ -55,10 +56,8 @@ class Config:
     """Members, with seeds 0, 1, …"""
     learning_rate: float = 3e-3
     """Peak learning rate, for all mixers the same."""
-    test_windows: int = 256
-    """Windows of the test split that are tested, from its beginning."""
-    test_length: int = 256
-    """Bytes of a window."""
+    test_windows: int = 512
+    """Windows of the test split, of that length, that are tested, from its beginning; a multiple of 32, or fewer."""
     prompts: tuple[int, ...] = (64, 1024)
     """Bytes before those whose generation is timed."""
     generated: int = 64
@@ -68,22 +67,24 @@ class Config:
 
     def __post_init__(self):
         check_positive(self)
-        for name in self.mixers:
-            zoo.mixer_config(name)
+        if self.test_windows % min(32, self.test_windows):
+            raise ValueError(f"test_windows: expected a multiple of 32, or fewer, got {self.test_windows}")
 
 
 PRESETS: dict[str, Config] = {
     "demo": Config(),
     "smoke": Config(
-        mixers=("delta",), steps=3, batch_size=4, width=32, hidden=64, test_windows=4, test_length=64, prompts=(8,),
+        mixers=("delta",), steps=3, batch_size=4, width=32, hidden=64, test_windows=4, prompts=(8,),
         generated=8,
     ),
 }  # fmt: skip
 
 
 def check(config: Config) -> None:
-    """Raise for a corpus that is not here."""
+    """Raise for a corpus that is not here, and for mixers that do not fit."""
     check_text(config.text)
+    for name in config.mixers:
+        _parameters(name, config, config.hidden)
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -91,14 +92,25 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     text = load_text(config.text, data_dir=config.data_dir)
     print(f"{text.source}: {len(text.train):,} bytes to train on, {len(text.test):,} to test on")
     budget = _parameters("attention", config, config.hidden)
-    results = [_compare(name, config, text, budget, folder / name) for name in config.mixers]
+    tested = text.test[: config.test_windows * config.length + 1]
+    if len(tested) < max(config.prompts):
+        raise ExperimentError(
+            f"{config.text}: expected {max(config.prompts)} bytes or more to test on: shorten --prompts"
+        )
+    results, diverged = [], []
+    for name in config.mixers:
+        try:
+            results.append(_compare(name, config, text.train, tested, budget, folder / name))
+        except DivergedError:
+            diverged.append(name)
     results.sort(key=lambda result: result["bits_per_byte"]["mean"])
     metrics = {
         "source": text.source,
         "parameters": budget,
-        "windows": f"{config.test_windows} windows of {config.test_length} bytes",
-        "references": {order: _entropy(text, order) for order in range(3)},
+        "windows": f"{config.test_windows} windows of {config.length} bytes",
+        "references": {order: _entropy(text.train, tested, order) for order in range(3)},
         "results": results,
+        "diverged": diverged,
     }
     draw(metrics, folder)
     print(f"\n{show(metrics)}\n\nfigure: {folder / 'byte_language_models.png'}")
@@ -114,7 +126,11 @@ def show(metrics: Mapping[str, Any]) -> str:
 
 {table([_row(result) for result in metrics["results"]])}
 
+Diverged: {", ".join(metrics["diverged"]) or "none"}.
+
 Bits per byte of the counts of the training split, each plus 0.01: {counts}.
+
+{_growth(metrics["results"])} Papers on recurrences claim a state and a time that stay.
 
 What each writes after the beginning of the test split, at temperature 0.8, `top_p` 0.95, with the same key:
 
@@ -145,7 +161,7 @@ def _fitting_hidden(name: str, config: Config, budget: int) -> int:
     return max(8, 8 + round((budget - fewest) / (more - fewest)))
 
 
-def _compare(name, config, text, budget, folder):
+def _compare(name, config, train, tested, budget, folder):
     """Everything about one mixer."""
     hidden = _fitting_hidden(name, config, budget)
 
@@ -158,18 +174,18 @@ def _compare(name, config, text, budget, folder):
     seeds = range(config.seeds)
     fitted = fit(
         lambda key: _create(name, config, hidden, key), loss,
-        text_batches(text.train, config.batch_size, length=config.length, seed=list(seeds)).__getitem__, training,
+        text_batches(train, config.batch_size, length=config.length, seed=list(seeds)).__getitem__, training,
         folder, seeds=seeds, learning_rates=[config.learning_rate] * config.seeds, label=name,
     )  # fmt: skip
     model = jax.tree.map(lambda x: x[0], fitted.models)
     return {
         "mixer": name,
-        "bits_per_byte": summary(_bits_per_byte(fitted.models, text.test, config)),
+        "bits_per_byte": summary(_bits_per_byte(fitted.models, tested, config)),
         "parameters": _parameters(name, config, hidden),
         "hidden": hidden,
-        "training_tokens_per_second": _training_speed(name, config, hidden, text),
-        "generation": [_generation(model, text.test, prompt, config) for prompt in config.prompts],
-        "sample": _sample(model, text.test, config),
+        "training_tokens_per_second": _training_speed(name, config, hidden, train),
+        "generation": [_generation(model, tested, prompt, config) for prompt in config.prompts],
+        "sample": _sample(model, tested, config),
         "training_seconds": fitted.seconds,
         "diverged": fitted.diverged,
         "history": fitted.history,
@@ -178,8 +194,7 @@ def _compare(name, config, text, budget, folder):
 
 def _bits_per_byte(models, text, config):
     """Of every member, on windows one after another."""
-    batch_size = min(32, config.test_windows)
-    batches = text_evaluation_batches(text, batch_size, length=config.test_length)
+    batches = text_evaluation_batches(text, min(32, config.test_windows), length=config.length)
 
     @jax.jit
     def total(models, batch):
@@ -191,15 +206,15 @@ def _bits_per_byte(models, text, config):
 
         return jax.vmap(one)(models)
 
-    sums = [total(models, batches[i]) for i in range(min(len(batches), -(-config.test_windows // batch_size)))]
+    sums = [total(models, batches[i]) for i in range(len(batches))]
     nats, count = (np.sum(np.asarray(x, float), axis=0) for x in zip(*sums, strict=True))
     return nats / count / np.log(2)
 
 
 def _training_speed(name, config, hidden, text):
-    """Tokens per second of a step, one member alone, after compilation; the fastest of five."""
+    """Tokens per second of loss and gradients, of one model alone, after compilation; the fastest of five."""
     model = _create(name, config, hidden, jax.random.key(0))
-    batch = text_batches(text.train, config.batch_size, length=config.length, seed=0)[0]
+    batch = text_batches(text, config.batch_size, length=config.length, seed=0)[0]
 
     def gradients(model, batch):
         def loss(model):
@@ -243,21 +258,36 @@ def _sample(model, text, config):
     return bytes(np.asarray(tokens[0], np.uint8)).decode("utf-8", errors="replace")
 
 
-def _entropy(text, order):
-    """Bits per byte on the test split of the counts of `order` + 1 bytes in the training split, plus 0.01 each."""
+def _entropy(train, tested, order):
+    """Bits per byte of the counts of `order` + 1 bytes in the training split, plus 0.01 each, on what is tested."""
 
     def contexts(data):
         data = data.astype(np.int64)
         return sum(data[i : len(data) - order + i] * 256 ** (order - 1 - i) for i in range(order)), data[order:]
 
     counts = np.zeros((256**order, 256)) + 0.01
-    np.add.at(counts, contexts(text.train), 1)
-    where = contexts(text.test)
+    np.add.at(counts, contexts(train), 1)
+    where = contexts(tested)
     return float(-np.mean(np.log2(counts[where] / counts.sum(axis=1)[where[0]])))
 
 
+def _growth(results):
+    """How the time of a token changes with the prompt, where the state grows and where it does not, as a line."""
+    ratios = {"stays": [], "grows": []}
+    for result in results:
+        first, last = result["generation"][0], result["generation"][-1]
+        how = "grows" if last["bytes_of_state"] > first["bytes_of_state"] else "stays"
+        ratios[how].append(last["microseconds_per_token"] / first["microseconds_per_token"])
+    parts = [
+        f"{np.median(group):.2f} times as long for the {len(group)} models whose state {how}"
+        for how, group in ratios.items()
+        if group
+    ]
+    return f"After the longest prompt a token takes, in the median, {', '.join(parts)}."
+
+
 def _row(result):
-    first, *_, last = result["generation"] * 2 if len(result["generation"]) == 1 else result["generation"]
+    first, last = result["generation"][0], result["generation"][-1]
     return {
         "mixer": result["mixer"],
         "bits per byte": result["bits_per_byte"],

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
-from experiments import check_positive
+from experiments import ExperimentError, check_positive
 from experiments.compile_prefix_scan import tpu_devices
 from experiments.results import table
 from experiments.trainer import progress
@@ -42,7 +42,7 @@ class Config:
     time: int = 2048
     """Tokens in a sequence."""
     vocabulary: int = 50304
-    """Tokens of the vocabulary, for all models the same."""
+    """Tokens of the vocabulary, for all models the same; the embedding is the head too."""
 
     def __post_init__(self):
         check_positive(self)
@@ -53,13 +53,16 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "papers": Config(),
-    "smoke": Config(models=("aaren:tiny",), batch=4, time=128, vocabulary=512),
+    "smoke": Config(models=("aaren:tiny", "based:tiny", "transnormer_llm:tiny"), batch=4, time=128, vocabulary=512),
 }
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """Compile; the results as a dictionary."""
-    devices = np.asarray(tpu_devices(config.topology)).reshape(-1, config.tensor)
+    devices = np.asarray(tpu_devices(config.topology))
+    if len(devices) % config.tensor:
+        raise ExperimentError(f"tensor: expected a divisor of the {len(devices)} chips, got {config.tensor}")
+    devices = devices.reshape(-1, config.tensor)
     mesh = Mesh(devices, ("data", "tensor"))
     rows = []
     with progress("compiling", 0, len(config.models), unit="model") as bar:
@@ -86,7 +89,7 @@ def _compile(model, mesh, config):
     def create(key):
         return zoo.create_model(
             f"{name}_language_model", rngs=nnx.Rngs(key), preset=preset, vocabulary=config.vocabulary,
-            dtype="bfloat16", scan=True, checkpoint=True,
+            tied=True, dtype="bfloat16", scan=True, checkpoint=True,
         )  # fmt: skip
 
     optimizer = optax.adamw(1e-3)
@@ -130,6 +133,7 @@ def _compile(model, mesh, config):
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "parameters, moments (GiB)": memory.argument_size_in_bytes / 2**30,
         "temporaries (GiB)": memory.temp_size_in_bytes / 2**30,
+        "peak (GiB)": memory.peak_memory_in_bytes / 2**30,
         "of initialisation (GiB)": initial.memory_analysis().temp_size_in_bytes / 2**30,
         "kernels": text.count("tpu_custom_call"),
         **{name: found[name] for name in COLLECTIVES},

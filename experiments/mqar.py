@@ -4,7 +4,8 @@ The task and the published points are those of Zoology (Simran Arora and others,
 (Simran Arora and others, 2024, arXiv:2402.18668): see experiments/data/mqar.py for the task and what differs. A model
 is the same for all mixers, as in Based's configurations: a short convolution's block (`base_convolution`), which lets
 a token see the one before it, then the mixer's; both with a channel mixer. Accuracy is that of the queries, in the size
-that is hardest of those tested; each mixer has its best learning rate. The preset "demo" is small and for a CPU: its
+that is hardest of those tested. Where there are several learning rates, each mixer has the one that is best on other
+sequences than those that are tested. The preset "demo" is small and for a CPU: its
 vocabulary, sequences and models are not the paper's, so that only the order of mixers can be compared.
 """
 
@@ -25,23 +26,26 @@ from experiments import check_positive
 from experiments.data import MQAR_TEST, MQAR_TRAIN, MQARSize, mqar, mqar_batches
 from experiments.figures import figure
 from experiments.results import summary, table
-from experiments.trainer import fit, schedule
+from experiments.trainer import DivergedError, fit, schedule
 
 PUBLISHED = {
     "attention": 1.0,
     "gated_delta": 0.989,
     "delta": 0.964,
-    "taylor": 0.913,
     "mamba2": 0.833,
     "gated_linear_attention": 0.772,
     "window": 0.515,
 }
-"""Accuracies read off a published plot, ± 0.005, of the authors' sizes of these mixers at a vocabulary of 8,192."""
+"""Accuracies read off a published plot, ± 0.005, of the authors' sizes of these mixers at a vocabulary of 8,192.
+
+Based, 0.913 there, is a hybrid with windows: no mixer alone, and so not compared here.
+"""
 
 SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "delta": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
     "gated_delta": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
     "gated_linear_attention": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
+    "rat": tuple({"chunk": n} for n in (1, 4, 16, 64)),
     "mamba2": tuple({"state_size": n} for n in (8, 32, 128)),
     "taylor": tuple({"feature_dim": n} for n in (4, 8, 16)),
     "window": tuple({"window": n} for n in (8, 16, 32)),
@@ -77,8 +81,6 @@ class Config:
     """Sequences per step and member."""
 
     def __post_init__(self):
-        for name in self.mixers:
-            zoo.mixer_config(name)
         check_positive(self, except_for=("train", "test"))
         for size in self.train + self.test:
             mqar(0, 0, batch_size=1, length=size[0], pairs=size[1], vocabulary=self.vocabulary)  # refuses misfits
@@ -100,15 +102,28 @@ PRESETS: dict[str, Config] = {
 }
 
 
+def check(config: Config) -> None:
+    """Raise `ValueError` for mixers that do not fit."""
+    for name, options in _points(config):
+        jax.eval_shape(lambda name=name, options=options: _model(name, options, config, jax.random.key(0)))
+
+
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """Train and test every mixer; the results as a dictionary, the figure in `folder`."""
-    test = [_sequences(config, MQARSize(*size)) for size in config.test]
-    results = []
+    sizes = [MQARSize(*size) for size in config.test]
+    test, chosen_by = (
+        [_sequences(config, size, seed=10**6) for size in sizes],
+        _sequences(config, sizes[-1], seed=10**7),
+    )
+    results, diverged = [], []
     for name, options in _points(config):
-        where = folder / "-".join([name, *(f"{key}{value}" for key, value in options.items())])
-        results.append(_train(name, options, config, test, where))
+        label = "-".join([name, *(f"{key}{value}" for key, value in options.items())])
+        try:
+            results.append(_train(name, options, config, chosen_by, test, folder / label))
+        except DivergedError:
+            diverged.append(label)
     references = {"any value": 2 / config.vocabulary, "any value of the sequence": 1 / config.test[-1][1]}
-    metrics = {"references": references, "results": results}
+    metrics = {"references": references, "results": results, "diverged": diverged}
     draw(metrics, folder)
     print(f"\n{show(metrics)}\n\nfigure: {folder / 'mqar.png'}")
     return metrics
@@ -117,7 +132,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 def show(metrics: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     results, references = metrics["results"], metrics["references"]
-    rows, (agree, pairs) = _published(results)
+    rows, (agree, ties, pairs) = _published(results)
     return f"""Accuracy of recall, and bytes of the mixer's state after a whole sequence:
 
 {table([_row(result) for result in sorted(results, key=_score, reverse=True)])}
@@ -129,7 +144,9 @@ The published points, of other sizes than those here, beside the best of each mi
 
 {table(rows)}
 
-Of {pairs} pairs of mixers, {agree} have the order that was published."""
+Of {pairs} pairs of mixers, {agree} have the order that was published, and {ties} are equal.
+
+Diverged: {", ".join(metrics["diverged"]) or "none"}."""
 
 
 def _points(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -152,15 +169,13 @@ def _model(name: str, options: Mapping[str, Any], config: Config, key: Any) -> n
     )  # fmt: skip
 
 
-def _sequences(config: Config, size: MQARSize) -> dict[str, np.ndarray]:
-    """The test sequences of a size, in one batch."""
-    options = {"vocabulary": config.vocabulary, "sizes": (size,), "seed": 10**6}
+def _sequences(config: Config, size: MQARSize, seed: int) -> dict[str, np.ndarray]:
+    """The sequences of a size, in one batch."""
+    options = {"vocabulary": config.vocabulary, "sizes": (size,), "seed": seed}
     return mqar_batches(size.examples, **options)[0]
 
 
-def _train(
-    name: str, options: Mapping[str, Any], config: Config, test: Sequence[Mapping[str, np.ndarray]], folder: Path
-) -> dict[str, Any]:
+def _train(name, options, config, chosen_by, test, folder):
     """The accuracies of a mixer with its best learning rate, and the size of its state."""
     seeds, rates = zip(*itertools.product(range(config.seeds), config.learning_rates), strict=True)
 
@@ -184,7 +199,8 @@ def _train(
         return jax.vmap(lambda model: _in_parts(lambda part: judge(model, part)[1], batch))(models)
 
     def evaluate(models):
-        return {_label(size): accuracies(models, batch) for size, batch in zip(config.test, test, strict=True)}
+        found = {_label(size): accuracies(models, batch) for size, batch in zip(config.test, test, strict=True)}
+        return found | {"chosen by": accuracies(models, chosen_by)}
 
     training = schedule(config.steps)
     batches = mqar_batches(
@@ -196,7 +212,7 @@ def _train(
         label=folder.name,
     )  # fmt: skip
     last = fitted.history[-1]
-    by_rate = np.reshape(last[f"evaluate/{_label(config.test[-1])}"], (config.seeds, -1))
+    by_rate = np.reshape(last["evaluate/chosen by"], (config.seeds, -1))
     best = int(np.argmax(by_rate.mean(axis=0)))
 
     def chosen(values):
@@ -218,7 +234,7 @@ def _train(
     }
 
 
-def _in_parts(judge, batch, most=128):
+def _in_parts(judge, batch, most=32):
     """The mean over sequences, so many at a time: logits of a large vocabulary are large."""
     part = max(n for n in range(1, most + 1) if len(batch["tokens"]) % n == 0)
     parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), dict(batch))
@@ -245,13 +261,13 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _published(results: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-    """The published points beside the best of each mixer here; of the pairs, how many have the same order."""
+def _published(results: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], tuple[int, int, int]]:
+    """The published points beside the best of each mixer here; pairs in the same order, equal pairs, all pairs."""
     best = {name: max(_score(r) for r in results if r["mixer"] == name) for name in {r["mixer"] for r in results}}
     common = [name for name in PUBLISHED if name in best]  # in falling order
     pairs = list(itertools.combinations(common, 2))
     rows = [{"mixer": name, "published": PUBLISHED[name], "here": best[name]} for name in common]
-    return rows, (sum(best[a] >= best[b] for a, b in pairs), len(pairs))
+    return rows, (sum(best[a] > best[b] for a, b in pairs), sum(best[a] == best[b] for a, b in pairs), len(pairs))
 
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:

@@ -4,9 +4,9 @@ An experiment whose results are shown in docs/ has a function ``show(metrics) ->
 figures, ``draw(metrics, folder)``. They get the metrics of a result.json, so that what is shown is what was recorded.
 """
 
+import argparse
 import importlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,4 +60,6 @@ def _without_history(value):
 
 
 if __name__ == "__main__":
-    print(publish(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(prog="python -m experiments.publish", description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path, help="a result.json")
+    print(publish(parser.parse_args().result))

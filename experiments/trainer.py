@@ -21,7 +21,7 @@ from experiments import ExperimentError
 from experiments.checkpoints import Checkpoints
 from experiments.events import drop_events, write_events
 
-__all__ = ["Fit", "TrainConfig", "fit", "progress", "schedule"]
+__all__ = ["DivergedError", "Fit", "TrainConfig", "fit", "progress", "schedule"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,10 @@ def schedule(steps: int, **options: Any) -> TrainConfig:
     """A configuration that warms up over a twentieth of the steps, and evaluates and saves after every tenth."""
     tenth = max(1, steps // 10)
     return TrainConfig(steps=steps, warmup_steps=steps // 20, evaluate_every=tenth, checkpoint_every=tenth, **options)
+
+
+class DivergedError(ExperimentError):
+    """No member is left whose loss is finite."""
 
 
 class State(NamedTuple):
@@ -112,7 +116,7 @@ def fit(
 
     Raises:
       ValueError: `seeds` and `learning_rates` differ in length; a metric is not one number per member.
-      ExperimentError: `folder` cannot be written or holds another run; or every member has diverged.
+      ExperimentError: `folder` cannot be written or holds another run; a `DivergedError` if every member has diverged.
     """
     if len(seeds) != len(learning_rates) or not len(seeds):
         raise ValueError(f"expected one seed and one learning rate per member, got {seeds=} and {learning_rates=}")
@@ -216,7 +220,7 @@ def _note_divergence(diverged: list[int | None], steps: range, losses: np.ndarra
             diverged[index] = steps[int(np.argmin(finite))]
             logger.warning("%s diverged: its loss is not finite at step %d", members[index], diverged[index])
     if None not in diverged:
-        raise ExperimentError(
+        raise DivergedError(
             f"every member diverged by step {steps[-1]}; lower the learning rates: {', '.join(members)}"
         )
 

@@ -350,20 +350,20 @@ class Stack(nnx.Module):
         blocks = tuple(self.blocks)
         x, after = self._run(x, blocks[:singles], layers[:singles], keys[1 : 1 + singles], segment_ids)
         if self.period:
-            keys = None if key is None else keys[1 + singles :].reshape(self.repeats, self.period)
+            keys = None if key is None else keys[1 + singles :].reshape(self.repeats, self.period, *key.shape)
             repeats = blocks[singles:], layers[singles:], keys
-            x, repeated = jax.lax.scan(lambda x, repeat: self._run(x, *repeat, segment_ids), x, repeats)
+            x, repeated = jax.lax.scan(lambda x, repeat: self._run(x, *repeat, segment_ids, in_scan=True), x, repeats)
             after += repeated
         return x if self.norm is None else self.norm(x), StackState(position, after)
 
-    def _run(self, x, blocks, states, keys, segment_ids):
+    def _run(self, x, blocks, states, keys, segment_ids, in_scan=False):
         """Blocks one after another."""
 
         def run(block, x, state, key):
             return block(x, state, segment_ids=segment_ids, key=key)
 
         if self.checkpoint:
-            run = jax.checkpoint(run, prevent_cse=not self.period)
+            run = jax.checkpoint(run, prevent_cse=not in_scan)
         after = []
         for block, state, key in zip(blocks, states, [None] * len(blocks) if keys is None else keys, strict=True):
             x, state = run(block, x, state, key)

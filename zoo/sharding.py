@@ -1,9 +1,10 @@
-"""How the parameters of any model here lie on a mesh: fully sharded over data, in parallel over tensors.
+"""How the parameters of a model lie on a mesh: projections and embeddings split over data and over tensors.
 
 A projection has its outputs on the tensor axis, the one that ends a sub-layer its inputs (Mohammad Shoeybi and others:
 Megatron-LM, 2019, arXiv:1909.08053, §3), so that a sub-layer needs one sum over that axis. The other side of a matrix
 lies on the data axis (Samyam Rajbhandari and others: ZeRO, 2019, arXiv:1910.02054, §5.3), from which XLA gathers it
-where it is used. Vectors are everywhere.
+where it is used. All other arrays are everywhere: vectors, filters, and the few matrices that are no projections (b and
+c of a state space, a bank of memories, a table of positions).
 """
 
 import jax

@@ -103,11 +103,17 @@ ALLOWED = {"aaren": {"['key']['bias'].value"}}
 
 @mixers
 def test_precision(name):
-    """In bfloat16 the outputs are near those in float32, of which they have the parameters."""
+    """In bfloat16 outputs are near those in float32, of which they have the parameters, and gradients are finite."""
     exact, rough = (create(name, jnp.float32, dtype=dtype) for dtype in (None, jnp.bfloat16))
     x = inputs(jnp.float32)
-    call = jax.jit(lambda mixer, x: mixer(x)[0])
-    expected, found = call(exact, x), call(rough, x.astype(jnp.bfloat16))
+
+    def loss(mixer, x):
+        y, _ = mixer(x)
+        return jnp.mean(jnp.square(y.astype(jnp.float32))), y
+
+    expected = jax.jit(lambda mixer, x: mixer(x)[0])(exact, x)
+    gradients, found = jax.jit(jax.grad(loss, has_aux=True))(rough, x.astype(jnp.bfloat16))
+    chex.assert_tree_all_finite(gradients)
     assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {jnp.dtype("float32")}
     assert found.dtype == jnp.bfloat16
     # Of most rows: a norm behind a sum that nearly cancels out, as in a retention's first token, amplifies rounding.
