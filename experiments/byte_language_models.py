@@ -142,6 +142,7 @@ What each writes after the beginning of the test split, at temperature 0.8, `top
 def _create(name: str, config: Config, hidden: int, key: Any) -> nnx.Module:
     fields = {field.name for field in dataclasses.fields(zoo.mixer_config(name))}
     shared = {"heads": config.heads, "head_dim": config.width // config.heads, "context": config.length, "rotary": True}
+    shared |= {"shared": config.heads // 4, "active": config.heads // 2}  # of a mixture of heads
     mixer = zoo.mixer_config(name, **{field: value for field, value in shared.items() if field in fields})
     return zoo.create_model(
         "transformer_language_model", rngs=nnx.Rngs(key), vocabulary=VOCABULARY, width=config.width,

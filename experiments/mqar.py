@@ -46,11 +46,12 @@ SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "gated_delta": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
     "gated_linear_attention": ({"heads": 4}, {"heads": 2}, {"heads": 1}),
     "rat": tuple({"chunk": n} for n in (1, 4, 16, 64)),
+    "moh": ({"heads": 4, "shared": 1, "active": 2},),
     "mamba2": tuple({"state_size": n} for n in (8, 32, 128)),
     "taylor": tuple({"feature_dim": n} for n in (4, 8, 16)),
     "window": tuple({"window": n} for n in (8, 16, 32)),
 }
-"""Options that change the size of a mixer's state; other mixers have one size."""
+"""Options that change the size of a mixer's state; other mixers have one size, most of them without options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Config:
     mixers: tuple[str, ...] = tuple(zoo.list_mixers())
     """Names of `zoo.list_mixers()`."""
     sweep: bool = True
-    """Train some mixers at several sizes of their state."""
+    """Train some mixers at several sizes of their state, else at the first of `SIZES`."""
     vocabulary: int = 128
     """Number of tokens: half of them keys, half of them values."""
     train: tuple[tuple[int, int, int], ...] = ((64, 4, 1), (64, 8, 1), (64, 16, 1))
@@ -111,10 +112,8 @@ def check(config: Config) -> None:
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """Train and test every mixer; the results as a dictionary, the figure in `folder`."""
     sizes = [MQARSize(*size) for size in config.test]
-    test, chosen_by = (
-        [_sequences(config, size, seed=10**6) for size in sizes],
-        _sequences(config, sizes[-1], seed=10**7),
-    )
+    test = [_sequences(config, size, seed=10**6) for size in sizes]
+    chosen_by = _sequences(config, sizes[-1], seed=10**7)
     results, diverged = [], []
     for name, options in _points(config):
         label = "-".join([name, *(f"{key}{value}" for key, value in options.items())])
@@ -153,7 +152,8 @@ def _points(config: Config) -> list[tuple[str, dict[str, Any]]]:
     """What is trained: mixers and their options."""
     points = []
     for name in config.mixers:
-        sizes = SIZES.get(name, ({},)) if config.sweep else ({},)
+        sizes = SIZES.get(name, ({},))
+        sizes = sizes if config.sweep else sizes[:1]
         points += [(name, options) for options in sizes]
     return points
 

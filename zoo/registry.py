@@ -34,7 +34,7 @@ PAPERS = (
         file="zoo/token_mixers/aaren.py",
         implements="Aaren: prefix-scan attention with a learned query; parameter counts of the paper",
         models=("aaren",),
-        experiments=("aaren_classification", "aaren_recall"),
+        experiments=("aaren_classification", "aaren_recall", "mqar", "byte_language_models", "compile_language_models"),
     ),
     Paper(
         title="Attention Is All You Need",
@@ -44,7 +44,7 @@ PAPERS = (
         file="zoo/token_mixers/transformer.py",
         implements="causal self-attention with a cache, as the baseline",
         models=("transformer",),
-        experiments=("aaren_classification", "aaren_recall"),
+        experiments=("aaren_classification", "aaren_recall", "mqar", "byte_language_models"),
     ),
     Paper(
         title="Scaling TransNormer to 175 Billion Parameters",
@@ -54,6 +54,7 @@ PAPERS = (
         file="zoo/token_mixers/transnormer_llm.py",
         implements="TransNormerLLM: decayed linear attention, LRPE-d, gates, SGLU, SRMSNorm",
         models=("transnormer_llm",),
+        experiments=("compile_language_models", "mqar", "byte_language_models"),
     ),
     Paper(
         title="Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention",
@@ -63,6 +64,7 @@ PAPERS = (
         file="zoo/token_mixers/lightning_attention.py",
         implements="TNL, on linear attention in blocks",
         models=("tnl",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models",
@@ -72,6 +74,7 @@ PAPERS = (
         file="zoo/token_mixers/lightning_attention.py",
         implements="its blocks, forward and backward, as the test of `linear_attention`",
         models=("tnl",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Simple linear attention language models balance the recall-throughput tradeoff",
@@ -81,6 +84,7 @@ PAPERS = (
         file="zoo/token_mixers/based.py",
         implements="Based: Taylor linear attention, sliding windows, gated convolutions",
         models=("based",),
+        experiments=("compile_language_models", "mqar", "byte_language_models"),
     ),
     Paper(
         title="Zoology: Measuring and Improving Recall in Efficient Language Models",
@@ -90,6 +94,7 @@ PAPERS = (
         file="zoo/token_mixers/base_convolution.py",
         implements="BaseConv; multi-query associative recall",
         models=("base_convolution",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
@@ -99,6 +104,7 @@ PAPERS = (
         file="zoo/token_mixers/lightnet.py",
         implements="LightNet: additive recurrence, causal or in one scan over a grid; TPE, LRPE",
         models=("lightnet",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="RAT: Bridging RNN Efficiency and Attention Accuracy in Language Modeling",
@@ -108,6 +114,7 @@ PAPERS = (
         file="zoo/token_mixers/rat.py",
         implements="RAT: a gated recurrence inside chunks, attention across them",
         models=("rat",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Gated Associative Memory: A Parallel O(N) Architecture for Efficient Sequence Modeling",
@@ -117,6 +124,7 @@ PAPERS = (
         file="zoo/token_mixers/gated_associative_memory.py",
         implements="GAM: a short convolution and a static learned bank; parameter count of the paper",
         models=("gated_associative_memory",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Flowformer: Linearizing Transformers with Conservation Flows",
@@ -126,6 +134,7 @@ PAPERS = (
         file="zoo/token_mixers/flowformer.py",
         implements="Flow-Attention, causal and among all tokens",
         models=("flowformer",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
@@ -135,6 +144,7 @@ PAPERS = (
         file="zoo/token_mixers/sigmoid_attention.py",
         implements="sigmoid attention and its stabilisers",
         models=("sigmoid_attention",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
@@ -144,6 +154,7 @@ PAPERS = (
         file="zoo/token_mixers/mixture_of_head_attention.py",
         implements="heads shared or routed; the load balance in the state",
         models=("moh",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Sigma: Differential Rescaling of Query, Key and Value for Efficient Language Models",
@@ -153,6 +164,7 @@ PAPERS = (
         file="zoo/token_mixers/sigma.py",
         implements="DiffQKV: fewer key heads than value heads, augmented queries",
         models=("sigma",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural Networks",  # noqa: E501
@@ -171,6 +183,7 @@ PAPERS = (
         file="zoo/token_mixers/mamba.py",
         implements="the Mamba block",
         models=("mamba",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",  # noqa: E501
@@ -180,6 +193,7 @@ PAPERS = (
         file="zoo/token_mixers/mamba2.py",
         implements="the Mamba-2 block",
         models=("mamba2",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="On the Parameterization and Initialization of Diagonal State Space Models",
@@ -189,6 +203,7 @@ PAPERS = (
         file="zoo/token_mixers/s4d.py",
         implements="S4D with its three starts",
         models=("s4d",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Simplified State Space Layers for Sequence Modeling",
@@ -198,6 +213,7 @@ PAPERS = (
         file="zoo/token_mixers/s5.py",
         implements="the S5 layer",
         models=("s5",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Resurrecting Recurrent Neural Networks for Long Sequences",
@@ -207,6 +223,7 @@ PAPERS = (
         file="zoo/token_mixers/lru.py",
         implements="the LRU",
         models=("lru",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Were RNNs All We Needed?",
@@ -216,6 +233,7 @@ PAPERS = (
         file="zoo/token_mixers/minimal_rnns.py",
         implements="minGRU and minLSTM",
         models=("min_gru", "min_lstm"),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="A Critical Review of Recurrent Neural Networks for Sequence Learning",
@@ -225,6 +243,7 @@ PAPERS = (
         file="zoo/token_mixers/recurrent_networks.py",
         implements="Elman and Jordan networks, LSTM, GRU, both directions",
         models=("elman", "jordan", "lstm", "gru"),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
@@ -234,6 +253,7 @@ PAPERS = (
         file="zoo/token_mixers/deltanet.py",
         implements="DeltaNet",
         models=("deltanet",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Gated Delta Networks: Improving Mamba2 with Delta Rule",
@@ -243,6 +263,7 @@ PAPERS = (
         file="zoo/token_mixers/gated_deltanet.py",
         implements="Gated DeltaNet",
         models=("gated_deltanet",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Kimi Linear: An Expressive, Efficient Attention Architecture",
@@ -252,6 +273,7 @@ PAPERS = (
         file="zoo/token_mixers/kimi_delta_attention.py",
         implements="Kimi Delta Attention, and its 3 : 1 pattern with attention",
         models=("kimi_linear",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Retentive Network: A Successor to Transformer for Large Language Models",
@@ -261,6 +283,7 @@ PAPERS = (
         file="zoo/token_mixers/retnet.py",
         implements="multi-scale retention",
         models=("retnet",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Gated Linear Attention Transformers with Hardware-Efficient Training",
@@ -270,6 +293,7 @@ PAPERS = (
         file="zoo/token_mixers/gated_linear_attention.py",
         implements="linear attention with a decay for each key channel",
         models=("gated_linear_attention",),
+        experiments=("mqar", "byte_language_models"),
     ),
     Paper(
         title="Hierarchically Gated Recurrent Neural Network for Sequence Modeling",
@@ -279,6 +303,7 @@ PAPERS = (
         file="zoo/token_mixers/hgrn.py",
         implements="complex gated recurrence with lower-bounded forget gates",
         models=("hgrn",),
+        experiments=("mqar", "byte_language_models"),
     ),
 )
 

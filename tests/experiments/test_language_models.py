@@ -11,7 +11,10 @@ def test_points_of_recall():
     config = mqar.Config(mixers=("attention", "window"))
     points = mqar._points(config)
     assert [name for name, _ in points] == ["attention", "window", "window", "window"]
-    assert mqar._points(mqar.Config(mixers=("window",), sweep=False)) == [("window", {})]
+    assert mqar._points(mqar.Config(mixers=("window", "lstm"), sweep=False)) == [
+        ("window", {"window": 8}),
+        ("lstm", {}),
+    ]
     sizes = {
         window: mqar._model("window", {"window": window}, config, jax.random.key(0)).stack.blocks[1].mixer.window
         for window in (8, 16)

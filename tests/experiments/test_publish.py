@@ -15,6 +15,10 @@ PUBLISHED = {
 }
 
 
+def test_every_result_is_published():
+    assert set(PUBLISHED) == {"benchmark_recurrences", "byte_language_models", "compile_language_models", "mqar"}
+
+
 def copy_page(name, folder):
     shutil.copy(PUBLISHED[name], folder)
     return folder / PUBLISHED[name].name
