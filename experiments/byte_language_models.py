@@ -50,7 +50,7 @@ class Config:
     """Bytes of a training sequence."""
     batch_size: int = 16
     """Sequences per step."""
-    steps: int = 600
+    steps: int = 400
     """Training steps."""
     seeds: int = 1
     """Members, with seeds 0, 1, …"""
