@@ -144,6 +144,7 @@ def cache_positions(
     segment_ids: Int[Array, "batch time"] | None, state: AttentionState | None, batch: int, time: int
 ) -> Int[Array, "batch time"]:
     """The position in its document of every token that goes into a cache next (that of padding means nothing)."""
+    contract.check_state(state, AttentionState)
     counter = contract.fresh_counter(segment_ids, batch)
     index, start, segment = (counter,) * 3 if state is None else (state.index, state.start, state.segment)
     number, first = contract.count_tokens(contract.segments(segment_ids, segment), index, start, time)

@@ -139,11 +139,11 @@ def create_model(name: str, *, rngs: nnx.Rngs, preset: str = "tiny", **overrides
         preset: Configuration to start from, one of the `PRESETS` of the paper's file.
         **overrides: Arguments of the model around the stack; fields of the configuration, where `pattern` and `first`
             may name mixers (``pattern=["taylor", "window", "conv"]``, see `list_mixers`); options of mixers, for all
-            mixers in the stack that have them.
+            mixers in the stack that have them. A `pattern` without `first` also drops the preset's `first`.
 
     Raises:
         ValueError: An unknown name, preset or override, with the nearest known ones; a value that does not fit.
-        TypeError: An argument of the model that has no default is missing.
+        TypeError: An argument of the model that has no default is missing; a pattern that is no sequence of mixers.
     """
     check_choice("name", name, MODELS)
     build = MODELS[name].build
@@ -163,7 +163,7 @@ def configure(
     if "pattern" in overrides and "first" not in overrides:
         overrides["first"] = ()
     for field in {"pattern", "first"} & overrides.keys():
-        overrides[field] = tuple(_mixer(field, mixer) for mixer in overrides[field])
+        overrides[field] = _mixers(field, overrides[field])
     mixers = {field: overrides.pop(field, getattr(config, field)) for field in ("pattern", "first")}
     fields = {field.name for field in dataclasses.fields(config)}
     options = {field for group in mixers.values() for mixer in group for field in _fields(mixer)}
@@ -174,12 +174,20 @@ def configure(
     return dataclasses.replace(config, **mixers, **{k: v for k, v in overrides.items() if k in fields})
 
 
+def _mixers(field, mixers):
+    """Mixers, also by their names."""
+    if isinstance(mixers, str) or not isinstance(mixers, Iterable):
+        raise TypeError(f"{field}: expected a sequence of names or configurations of mixers, got {mixers!r}")
+    return tuple(_mixer(field, mixer) for mixer in mixers)
+
+
 def _mixer(field, mixer):
-    """A mixer, also by its name."""
-    if isinstance(mixer, str):
-        check_choice(field, mixer, MIXERS)
-        mixer = MIXERS[mixer]
-    return mixer
+    if isinstance(mixer, MixerConfig):
+        return mixer
+    if not isinstance(mixer, str):
+        raise TypeError(f"{field}: expected names or configurations of mixers, got {mixer!r}")
+    check_choice(field, mixer, MIXERS)
+    return MIXERS[mixer]
 
 
 def _fields(mixer):

@@ -29,7 +29,7 @@ def generate(
 
     Args:
         model: A language model, or any module with its signature and `init_state`.
-        prompt: Tokens. Rows of different lengths are padded, on any side.
+        prompt: Tokens, of any integer dtype. Rows of different lengths are padded, on any side.
         length: How many tokens to add.
         segment_ids: Negative at padding; the last document of each row is continued. `None`: no padding.
         key: Of the samples; `None` takes the likeliest token each time, and the options below are not used.
@@ -37,14 +37,22 @@ def generate(
         top_k: Sample among so many of the likeliest tokens.
         top_p: Sample among the likeliest tokens that have this share of the probability together, in (0, 1].
 
+    Returns:
+        The tokens that follow the prompt, int32.
+
     Raises:
         ValueError: A number out of its range, shapes that do not fit together, options of sampling without a key; a row
-            of padding only, where that is known when the call is made.
+            of padding only, where that is known when the call is made; more tokens, padding counted, than a model with
+            a learned table of positions has places for.
+        TypeError: A prompt or segment ids that are not integers.
     """
     sizes = contract.check_shapes(prompt=(prompt, "batch time"), segment_ids=(segment_ids, "batch time"))
     _check_options(length, key, temperature, top_k, top_p)
-    if segment_ids is None:
-        segment_ids = jnp.zeros_like(prompt)
+    _check_places(model, sizes["time"] + length)
+    if not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise TypeError(f"prompt: expected an integer dtype, got {prompt.dtype}")
+    contract.check_segment_ids(segment_ids)
+    segment_ids = jnp.zeros_like(prompt, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     real = segment_ids >= 0
     if not isinstance(real, jax.core.Tracer) and not bool(jnp.all(jnp.any(real, axis=1))):
         raise ValueError("segment_ids: expected a token that is no padding in each row")
@@ -61,7 +69,7 @@ def generate(
 
     def step(carry, key):
         logits, state = carry
-        token = choose(logits, key).astype(prompt.dtype)
+        token = choose(logits, key).astype(jnp.int32)
         logits, state = model(token[:, None], state, segment_ids=document)
         return (logits[:, 0], state), token
 
@@ -89,10 +97,20 @@ def restrict(
     return logits
 
 
+def _check_places(model, tokens):
+    """Positions beyond a learned table give NaN, of which the likeliest token is number 0."""
+    positions = getattr(getattr(model, "stack", None), "positions", None)
+    if getattr(positions, "table", None) is not None and tokens > positions.max_length:
+        raise ValueError(
+            f"length: expected at most {positions.max_length} tokens with the prompt (max_length), got {tokens}"
+        )
+
+
 def _check_options(length, key, temperature, top_k, top_p):
     if length < 1:
         raise ValueError(f"length: expected at least 1, got {length}")
-    if key is None and (temperature != 1.0 or top_k is not None or top_p is not None):
+    tempered = isinstance(temperature, int | float) and temperature != 1  # a traced number cannot be compared
+    if key is None and (tempered or top_k is not None or top_p is not None):
         raise ValueError("key: expected one where temperature, top_k or top_p are given, got None (greedy)")
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}; key=None is greedy")

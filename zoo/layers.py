@@ -39,6 +39,12 @@ def check_heads(stack: "StackConfig", heads: int, argument: str = "heads") -> No
         raise ValueError(f"{argument}: expected a divisor of the width, {stack.width}, got {heads}")
 
 
+def check_rotary(dim: int) -> None:
+    """Raise `ValueError` for heads whose channels are no pairs to turn."""
+    if dim % 2:
+        raise ValueError(f"rotary: expected heads of even size, got {dim}")
+
+
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
     """Options of a mixer; what it shares with the other blocks of its stack is in the stack's configuration."""
@@ -130,6 +136,10 @@ class StackConfig:
         return nnx.Linear(inputs or self.width, outputs, use_bias=bias, dtype=self.dtype, rngs=rngs)
 
 
+LLAMA = {"gated": True, "activation": "silu", "bias": False, "norm": "rms"}
+"""What most blocks have around their mixer since Llama: SwiGLU, root mean square norms, no biases."""
+
+
 # --- Functions ------------------------------------------------------------------------------------------------------
 
 
@@ -155,9 +165,14 @@ def merge_heads(x: Float[Array, "batch time heads dim"]) -> Float[Array, "batch 
     return x.reshape(*x.shape[:2], -1)
 
 
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The same in float32 or wider."""
+    return x.astype(contract.accumulation_dtype(x))
+
+
 def simple_rms_norm(x: Float[Array, "*shape"], epsilon: float = 1e-6) -> Float[Array, "*shape"]:
     """``x / √(mean(x²) + ε)`` over the last axis: a root mean square norm without weights."""
-    wide = x.astype(contract.accumulation_dtype(x))
+    wide = widen(x)
     return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 

@@ -153,7 +153,8 @@ class Forecaster(nnx.Module):
 class LanguageModel(nnx.Module):
     """Embedding, stack, linear head: tokens ``[batch, time]`` to logits of the next ones ``[batch, time, vocabulary]``.
 
-    Embeddings are scaled by √width (Attention Is All You Need, §3.4), so that their initial variance is one.
+    Embeddings are scaled by √width (Attention Is All You Need, §3.4), so that their initial variance is one: for every
+    stack, also where its paper does not do so.
 
     Args:
         config: Of the stack.

@@ -14,19 +14,48 @@ VOCABULARY, LENGTH = 11, 6
 
 
 def model_and_prompt(name="transformer_language_model", **options):
-    model = zoo.create_model(name, rngs=nnx.Rngs(0), vocabulary=VOCABULARY, layers=1, **options)
+    model = zoo.create_model(name, rngs=nnx.Rngs(0), **{"vocabulary": VOCABULARY, "layers": 1} | options)
     model = jax.tree.map(lambda x: 4 * x, model)
     return model, jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 7)), jnp.int32)
 
 
-@pytest.mark.parametrize("name", ["transformer_language_model", "aaren_language_model"])
-def test_greedy_equals_asking_again_with_the_whole_text(name):
-    model, prompt = model_and_prompt(name)
+HYBRID = {  # each mixer twice in the repeats of a scan
+    "pattern": ["window", "taylor", "rat", "conv"], "layers": 8, "scan": True,
+    "heads": 2, "feature_dim": 4, "window": 4, "chunk": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("transformer_language_model", {}), ("aaren_language_model", {}), ("based_language_model", HYBRID)],
+)
+def test_greedy_equals_asking_again_with_the_whole_text(name, options):
+    model, prompt = model_and_prompt(name, **options)
     tokens = jax.jit(zoo.generate, static_argnames="length")(model, prompt, length=LENGTH)
     chex.assert_shape(tokens, (3, LENGTH))
     assert tokens.dtype == prompt.dtype
     text = jnp.concatenate([prompt, tokens], axis=1)
     chex.assert_trees_all_equal(tokens, jnp.argmax(model(text)[0], axis=-1)[:, 6:-1])
+
+
+def test_dtypes_do_not_come_from_the_prompt():
+    model, prompt = model_and_prompt(vocabulary=600)
+    expected = zoo.generate(model, prompt, LENGTH)
+    assert jnp.any(expected > 255)
+    for dtype in (jnp.uint8, jnp.int16):
+        tokens = zoo.generate(model, prompt.astype(dtype), LENGTH)
+        assert tokens.dtype == jnp.int32
+        chex.assert_trees_all_equal(tokens, expected)
+    with pytest.raises(TypeError, match="prompt: expected an integer dtype, got float32"):
+        zoo.generate(model, prompt.astype(jnp.float32), LENGTH)
+
+
+def test_a_learned_table_has_an_end():
+    model, prompt = model_and_prompt(position="learned", max_length=7 + LENGTH)
+    text = jnp.concatenate([prompt, tokens := zoo.generate(model, prompt, LENGTH)], axis=1)
+    chex.assert_trees_all_equal(tokens, jnp.argmax(model(text)[0], axis=-1)[:, 6:-1])
+    with pytest.raises(ValueError, match=r"length: expected at most 13 tokens with the prompt \(max_length\), got 14"):
+        zoo.generate(model, prompt, LENGTH + 1)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -53,6 +82,12 @@ def test_samples_follow_the_distribution():
     chex.assert_trees_all_equal(
         zoo.generate(model, prompt, LENGTH, key=jax.random.key(0), top_k=1), zoo.generate(model, prompt, LENGTH)
     )
+
+
+def test_a_traced_temperature_without_a_key():
+    model, prompt = model_and_prompt()
+    tokens = jax.jit(lambda temperature: zoo.generate(model, prompt, LENGTH, temperature=temperature))(0.5)
+    chex.assert_trees_all_equal(tokens, zoo.generate(model, prompt, LENGTH))
 
 
 def test_restrict():

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 import zoo
+from primitives import AttentionState
 from zoo.create import MIXERS
+from zoo.states import StateBytes
 
 TIME = 12
 IDS = np.asarray([[0] * 5 + [-1] * 2 + [2] * 5, [-1] * 3 + [1] * 9], np.int32)
@@ -18,15 +20,23 @@ SMALL = {  # for the mixers that have these options
     "heads": 2, "head_dim": 8, "feature_dim": 4, "slots": 8, "state_size": 8, "blocks": 2,
     "window": 4, "chunk": 4,
 }  # fmt: skip
-MORE = {"moh": {"heads": 4, "shared": 1, "active": 2}}
-mixers = pytest.mark.parametrize("name", MIXERS)
+CASES = {name: (name, {}) for name in MIXERS} | {  # and what presets use, but defaults do not
+    "attention rotary": ("attention", {"rotary": True, "kv_heads": 1}),
+    "diff_qkv augmented": ("diff_qkv", {"key_dim": 4, "query_hidden": 24}),
+    "lightnet tpe": ("lightnet", {"tpe": True, "lrpe": True}),
+    "min_gru taps": ("min_gru", {"taps": 4, "expand": 2, "positive": True}),
+    "moh": ("moh", {"heads": 4, "shared": 1, "active": 2}),
+    "sigmoid norms": ("sigmoid", {"rotary": True, "query_key_norm": True, "output_norm": True}),
+}
+mixers = pytest.mark.parametrize("name", CASES)
 
 
 def create(name, parameters=jnp.float64, **options):
     """A mixer as of the second of two layers, whose number is traced, with larger parameters than at the start."""
-    names = {field.name for field in dataclasses.fields(MIXERS[name])}
+    mixer, more = CASES[name]
+    names = {field.name for field in dataclasses.fields(MIXERS[mixer])}
     small = {field: value for field, value in SMALL.items() if field in names}
-    config = zoo.mixer_config(name, **small | MORE.get(name, {}))
+    config = zoo.mixer_config(mixer, **small | more)
     stack = zoo.StackConfig(16, 2, (config,), **options)
     mixer = jax.jit(lambda layer: config.mixer(stack, layer, rngs=nnx.Rngs(0)))(1)
     graph, trained, constant = nnx.split(mixer, nnx.Param, ...)
@@ -119,3 +129,23 @@ def test_precision(name):
     # Of most rows: a norm behind a sum that nearly cancels out, as in a retention's first token, amplifies rounding.
     error, size = (jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (found - expected, expected))
     assert 1e-4 < jnp.median(error / size) < 5e-2
+
+
+@mixers
+def test_narrow_parameters(name):
+    """With everything in bfloat16 outputs are too, states but for caches are wider, and a scan can carry them."""
+    mixer, x = jax.eval_shape(lambda: create(name, jnp.bfloat16)), inputs(jnp.bfloat16)
+    y, state = jax.eval_shape(lambda mixer: mixer(x), mixer)
+    assert y.dtype == jnp.bfloat16
+    again, after = jax.eval_shape(lambda mixer, state: mixer(x, state), mixer, state)
+    assert again.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal_dtypes(after, state)
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, AttentionState))
+    assert all(isinstance(part, AttentionState) or part.dtype.itemsize >= 4 for part in parts)
+
+
+@mixers
+def test_foreign_state(name):
+    mixer = jax.eval_shape(lambda: create(name, jnp.float32))
+    with pytest.raises(TypeError, match="state"):
+        jax.eval_shape(lambda mixer: mixer(inputs(jnp.float32), StateBytes(0, 0)), mixer)

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import (
+    SlidingWindowState,
     contract,
     normalised_linear_attention,
     rotary,
@@ -44,10 +45,12 @@ from primitives import (
     taylor_features,
 )
 from zoo.layers import (
+    LLAMA,
     MixerConfig,
     PositionState,
     ShortConvolution,
     StackConfig,
+    check_rotary,
     count_positions,
     fresh_positions,
     merge_heads,
@@ -109,6 +112,7 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, SlidingWindowState)
         q, k, v = (split_heads(part, self.heads) for part in jnp.split(self.query_key_value(x), 3, axis=-1))
         if self.rotary:
             before = fresh_positions(segment_ids, len(x))
@@ -133,8 +137,8 @@ class WindowAttentionConfig(MixerConfig):
         super().check(stack)
         if self.window < 1:
             raise ValueError(f"window: expected a positive number, got {self.window}")
-        if self.rotary and stack.width // self.heads % 2:
-            raise ValueError(f"rotary: expected heads of even size, got {stack.width // self.heads}")
+        if self.rotary:
+            check_rotary(stack.width // self.heads)
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> WindowAttention:
         """One attention."""
@@ -191,8 +195,7 @@ def hybrid(layers: int, taylor: tuple[int, ...], *, heads: int, feature_dim: int
 
 def _stack(width, layers, taylor, **options):
     pattern = hybrid(layers, taylor, **options)
-    plus = {"gated": True, "activation": "silu", "bias": False, "norm": "rms"}
-    return StackConfig(width, layers, pattern, hidden=2 * width, **plus)
+    return StackConfig(width, layers, pattern, hidden=2 * width, **LLAMA)
 
 
 PRESETS = {

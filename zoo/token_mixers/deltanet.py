@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import DeltaRuleState, ShortConvolutionState, contract, delta_rule
-from zoo.layers import MixerConfig, ShortConvolution, StackConfig, merge_heads, split_heads
+from zoo.layers import LLAMA, MixerConfig, ShortConvolution, StackConfig, merge_heads, split_heads, widen
 
 
 class DeltaNetState(NamedTuple):
@@ -58,6 +58,7 @@ class DeltaNet(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, DeltaNetState)
         convolution, memory = (None, None) if state is None else state
         mixed, convolution = self.convolution(self.query_key_value(x), convolution, segment_ids=segment_ids)
         q, k, v = (split_heads(y, self.heads) for y in jnp.split(mixed, self.splits, axis=-1))
@@ -81,11 +82,6 @@ def unit(x):
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
-def widen(x):
-    """The same in float32 or wider."""
-    return x.astype(contract.accumulation_dtype(x))
-
-
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(MixerConfig):
     """DeltaNet.
@@ -101,9 +97,8 @@ class DeltaNetConfig(MixerConfig):
         return DeltaNet(stack, self.heads, stack.width // self.heads, stack.width // self.heads, rngs=rngs)
 
 
-BLOCK = {"gated": True, "activation": "silu", "bias": False, "norm": "rms"}
 PRESETS = {
-    "tiny": StackConfig(width=16, layers=2, pattern=(DeltaNetConfig(heads=2),), hidden=32, **BLOCK),
-    "340m": StackConfig(width=1024, layers=24, pattern=(DeltaNetConfig(heads=8),), hidden=2816, **BLOCK),
-    "1.3b": StackConfig(width=2048, layers=24, pattern=(DeltaNetConfig(heads=16),), hidden=5632, **BLOCK),
+    "tiny": StackConfig(width=16, layers=2, pattern=(DeltaNetConfig(heads=2),), hidden=32, **LLAMA),
+    "340m": StackConfig(width=1024, layers=24, pattern=(DeltaNetConfig(heads=8),), hidden=2816, **LLAMA),
+    "1.3b": StackConfig(width=2048, layers=24, pattern=(DeltaNetConfig(heads=16),), hidden=5632, **LLAMA),
 }

@@ -19,14 +19,14 @@ heads is our reading.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.layers import MixerConfig, StackConfig
-from zoo.token_mixers.deltanet import BLOCK, DeltaNet, widen
+from zoo.layers import LLAMA, MixerConfig, StackConfig, widen
+from zoo.token_mixers.deltanet import DeltaNet
+from zoo.token_mixers.mamba import step_bias
 
 
 class GatedDeltaNet(DeltaNet):
@@ -36,7 +36,7 @@ class GatedDeltaNet(DeltaNet):
         key_dim, value_dim = config.head_sizes(stack)
         super().__init__(stack, config.heads, key_dim, value_dim, rngs=rngs)
         self.decay = stack.linear(config.heads, rngs=rngs)
-        self.decay_bias = nnx.Param(initial_steps(rngs.params(), (config.heads,)))
+        self.decay_bias = nnx.Param(step_bias(rngs.params(), (config.heads,)))
         self.log_rate = nnx.Param(initial_rates(rngs.params(), (config.heads,), 1e-3))
         self.output_gate = stack.linear(config.heads * value_dim, rngs=rngs)
 
@@ -52,12 +52,6 @@ class GatedDeltaNet(DeltaNet):
 def initial_rates(key, shape, smallest):
     """The logarithm of rates that are uniform up to 16, as in Mamba-2."""
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, smallest, 16))
-
-
-def initial_steps(key, shape):
-    """Biases under a softplus that make it log-uniform between 0.001 and 0.1, as in Mamba."""
-    steps = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(0.001), math.log(0.1)))
-    return jnp.log(jnp.expm1(steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +87,7 @@ class GatedDeltaNetConfig(MixerConfig):
 
 
 PRESETS = {
-    "tiny": StackConfig(width=16, layers=2, pattern=(GatedDeltaNetConfig(heads=2),), hidden=32, **BLOCK),
-    "0.4b": StackConfig(width=1536, layers=11, pattern=(GatedDeltaNetConfig(heads=9),), hidden=6144, **BLOCK),
-    "1.3b": StackConfig(width=2400, layers=16, pattern=(GatedDeltaNetConfig(heads=9),), hidden=5888, **BLOCK),
+    "tiny": StackConfig(width=16, layers=2, pattern=(GatedDeltaNetConfig(heads=2),), hidden=32, **LLAMA),
+    "0.4b": StackConfig(width=1536, layers=11, pattern=(GatedDeltaNetConfig(heads=9),), hidden=6144, **LLAMA),
+    "1.3b": StackConfig(width=2400, layers=16, pattern=(GatedDeltaNetConfig(heads=9),), hidden=5888, **LLAMA),
 }

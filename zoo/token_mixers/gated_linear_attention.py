@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 
 from primitives import contract, linear_attention
-from zoo.layers import MixerConfig, StackConfig, check_heads, merge_heads, split_heads
+from zoo.layers import LLAMA, MixerConfig, StackConfig, check_heads, merge_heads, split_heads
 
 
 class GatedLinearAttention(nnx.Module):
@@ -69,8 +69,12 @@ class GatedLinearAttentionConfig(MixerConfig):
     temperature: float = 16.0
 
     def check(self, stack: StackConfig) -> None:
-        """Raise `ValueError` for heads that do not fit."""
+        """Raise `ValueError` for heads that do not fit, and a rank or a temperature that is not positive."""
         check_heads(stack, 2 * self.heads, "2 · heads")
+        if self.rank < 1:
+            raise ValueError(f"rank: expected a positive number, got {self.rank}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> GatedLinearAttention:
         """One gated linear attention."""
@@ -79,9 +83,7 @@ class GatedLinearAttentionConfig(MixerConfig):
 
 def _stack(width, layers, hidden, scan=True, **options):
     pattern = (GatedLinearAttentionConfig(**options),)
-    return StackConfig(
-        width, layers, pattern, hidden=hidden, gated=True, activation="silu", bias=False, norm="rms", scan=scan
-    )
+    return StackConfig(width, layers, pattern, hidden=hidden, scan=scan, **LLAMA)
 
 
 PRESETS = {

@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import contract, linear_recurrence
-from zoo.layers import MixerConfig, StackConfig
+from primitives import linear_recurrence
+from zoo.layers import MixerConfig, StackConfig, widen
 
 
 class HGRN(nnx.Module):
@@ -58,19 +58,18 @@ class HGRN(nnx.Module):
         rotation = jnp.exp(1j * self.theta[...])
         hidden, state = linear_recurrence(keep * rotation, write * candidate, state=state, segment_ids=segment_ids)
         y = jnp.concatenate([hidden.real, hidden.imag], axis=-1)
-        return self.output(self.norm(jax.nn.sigmoid(self.gate(x)) * y)), state
+        gate = jax.nn.sigmoid(self.gate(x))
+        return self.output(self.norm(gate * y).astype(gate.dtype)), state
 
     def forget_gate(self, x):
         """λ and 1 − λ, float32 or wider."""
-        logits = self.forget(x)
-        logits = logits.astype(contract.accumulation_dtype(logits))
-        bound = self.lower_bound()
+        logits, bound = widen(self.forget(x)), self.lower_bound()
         return bound + (1 - bound) * jax.nn.sigmoid(logits), (1 - bound) * jax.nn.sigmoid(-logits)
 
     def lower_bound(self):
-        """γ of every channel: l e^a / (l e^a + L − l)."""
-        depth = jax.lax.stop_gradient(self.depth[...])
-        return depth / (depth + (1 - depth) * jnp.exp(-self.bound[...]))
+        """γ of every channel, float32 or wider: l e^a / (l e^a + L − l)."""
+        depth, bound = jax.lax.stop_gradient(widen(self.depth[...])), widen(self.bound[...])
+        return depth / (depth + (1 - depth) * jnp.exp(-bound))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.layers import MixerConfig, StackConfig, split_heads
-from zoo.token_mixers.deltanet import BLOCK, DeltaNet, widen
-from zoo.token_mixers.gated_deltanet import initial_rates, initial_steps
+from zoo.layers import LLAMA, MixerConfig, StackConfig, split_heads, widen
+from zoo.token_mixers.deltanet import DeltaNet
+from zoo.token_mixers.gated_deltanet import initial_rates
+from zoo.token_mixers.mamba import step_bias
 from zoo.token_mixers.transformer import SelfAttentionConfig
 
 
@@ -38,7 +39,7 @@ class KimiDeltaAttention(DeltaNet):
         heads, dim = config.heads, config.head_dim
         super().__init__(stack, heads, dim, dim, rngs=rngs)
         self.decay = LowRank(stack, dim, heads * dim, rngs=rngs)
-        self.decay_bias = nnx.Param(initial_steps(rngs.params(), (heads, dim)))
+        self.decay_bias = nnx.Param(step_bias(rngs.params(), (heads, dim)))
         self.log_rate = nnx.Param(initial_rates(rngs.params(), (heads, 1), 1))
         self.output_gate = LowRank(stack, dim, heads * dim, bias=True, rngs=rngs)
 
@@ -95,10 +96,10 @@ def hybrid(heads: int, head_dim: int, kimi: int = 3) -> tuple[MixerConfig, ...]:
 
 PRESETS = {
     "tiny": StackConfig(
-        width=16, layers=2, pattern=(KimiDeltaAttentionConfig(heads=2, head_dim=8),), hidden=32, **BLOCK
+        width=16, layers=2, pattern=(KimiDeltaAttentionConfig(heads=2, head_dim=8),), hidden=32, **LLAMA
     ),
-    "tiny_hybrid": StackConfig(width=16, layers=4, pattern=hybrid(heads=2, head_dim=8), hidden=32, **BLOCK),
+    "tiny_hybrid": StackConfig(width=16, layers=4, pattern=hybrid(heads=2, head_dim=8), hidden=32, **LLAMA),
     "48b_a3b": StackConfig(
-        width=2304, layers=27, pattern=6 * hybrid(32, 128) + hybrid(32, 128, kimi=2), hidden=9216, **BLOCK
+        width=2304, layers=27, pattern=6 * hybrid(32, 128) + hybrid(32, 128, kimi=2), hidden=9216, **LLAMA
     ),
 }

@@ -61,6 +61,7 @@ from primitives import (
     normalised_exponential,
 )
 from zoo.layers import (
+    LLAMA,
     MixerConfig,
     PositionState,
     StackConfig,
@@ -171,6 +172,7 @@ class LightNet(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, LightNetState)
         positions, tpe, normaliser, memory = (None,) * 4 if state is None else state
         if self.tpe is None:
             encoding = 0
@@ -290,8 +292,7 @@ class LightNetConfig(MixerConfig):
 
 def _stack(width, layers, heads, hidden):
     first, pattern = (LightNetConfig(heads, tpe=True, lrpe=True),), (LightNetConfig(heads, lrpe=True),)
-    plus = {"gated": True, "activation": "silu", "bias": False, "norm": "rms"}
-    return StackConfig(width, layers, pattern, first, hidden, **plus)
+    return StackConfig(width, layers, pattern, first, hidden, **LLAMA)
 
 
 PRESETS = {"tiny": _stack(16, 2, 2, 32), "default": _stack(1024, 24, 8, 1024)}

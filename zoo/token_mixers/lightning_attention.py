@@ -17,8 +17,10 @@ and, for gradients, from the last block to the first, with the cotangent dS of t
     dV = [(Q Kᵀ) ⊙ M]ᵀ dO + Λ_k K dS      dS ← λ^B dS + (Λ_q Q)ᵀ dO
 
 `primitives.linear_attention` in its chunked form is this, for decays that change over time as well; a test holds it
-against these equations, for several blocks. The model is `zoo.token_mixers.transnormer_llm`, whose docstring has its
-equations: as far as we know TNL has the same mixer, LRPE-d in the first layer and the decay in all, SRMSNorm, SGLU.
+against these equations, for several blocks. Lightning Attention-1, of the TransNormerLLM paper, tiles the left product
+[(Q Kᵀ) ⊙ M] V alone, over the whole length, which is still O(n²); its result is the same attention, so it has no code
+of its own here. The model is `zoo.token_mixers.transnormer_llm`, whose docstring has its equations: as far as we know
+TNL has the same mixer, LRPE-d in the first layer and the decay in all, SRMSNorm, SGLU.
 
 Deviations: those of `zoo.token_mixers.transnormer_llm`. The tiles are XLA's: no kernel keeps a block in the fast memory
 of an accelerator. Presets are those of TransNormerLLM at the sizes to which TNL was trained, except 15B, of which

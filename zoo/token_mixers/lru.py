@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import diagonal_state_space, lru_decay, lru_normaliser
-from zoo.layers import MixerConfig, StackConfig
+from zoo.layers import MixerConfig, StackConfig, widen
 from zoo.token_mixers.s4d import join_complex
 
 
@@ -46,8 +46,9 @@ class LRU(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
-        decay = lru_decay(self.log_nu[...], self.log_theta[...])
-        b, c = jnp.exp(self.log_gamma[...])[:, None] * join_complex(self.b[...]), join_complex(self.c[...])
+        log_nu, log_theta, log_gamma = (widen(p[...]) for p in (self.log_nu, self.log_theta, self.log_gamma))
+        decay = lru_decay(log_nu, log_theta)
+        b, c = jnp.exp(log_gamma)[:, None] * join_complex(self.b[...]), join_complex(self.c[...])
         y, state = diagonal_state_space(x, decay, b, c, self.d[...], state=state, segment_ids=segment_ids)
         return jax.nn.glu(self.output(jax.nn.gelu(y))), state
 

@@ -67,6 +67,7 @@ class Mamba(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, MambaState)
         before = MambaState(None, None) if state is None else state
         x, z = jnp.split(self.input(x), 2, axis=-1)
         x, convolution = self.convolution(x, before.convolution, segment_ids=segment_ids)

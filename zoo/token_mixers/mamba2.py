@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import LinearAttentionState, ShortConvolutionState, ssd
+from primitives import LinearAttentionState, ShortConvolutionState, contract, ssd
 from zoo.layers import MixerConfig, ShortConvolution, StackConfig, merge_heads, split_heads
 from zoo.token_mixers.mamba import step_bias, step_sizes
 
@@ -59,6 +59,7 @@ class Mamba2(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, Mamba2State)
         before = Mamba2State(None, None) if state is None else state
         inner, n, heads = self.inner, self.state_size, len(self.d)
         z, x, dt = jnp.split(self.input(x), (inner, 2 * (inner + n)), axis=-1)

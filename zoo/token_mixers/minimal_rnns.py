@@ -55,6 +55,7 @@ class MinGRU(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, MinimalRNNState)
         convolution, recurrence = (None, None) if state is None else state
         if self.convolution is not None:
             x, convolution = self.convolution(x, convolution, segment_ids=segment_ids)

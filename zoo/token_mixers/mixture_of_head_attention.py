@@ -22,7 +22,7 @@ Deviations and what is open:
   and K = E all gates are 1, and this is plain attention. (With K = 1 the gate of the chosen head is constant, and only
   the load balance loss trains W_r. A single shared head has the gate α_1, without a W_s.)
 - Causal, as language models need; the authors' code that we had is that of their image models. Rotary positions as an
-  option, no biases in projections, as many heads of keys and values as of queries. Routers compute in float32.
+  option, no biases in projections, as many heads of keys and values as of queries. Routers compute in float32 or wider.
 - The paper's sizes of language models were not in what we had: there is a "tiny" preset only, with 75 % of the heads
   active.
 """
@@ -36,7 +36,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from primitives import AttentionState, cache_positions, causal_attention, contract, rotary
-from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads
+from zoo.layers import MixerConfig, StackConfig, check_rotary, merge_heads, split_heads
 
 
 class HeadBalance(NamedTuple):
@@ -76,7 +76,7 @@ class MixtureOfHeadAttention(nnx.Module):
         self.rotary = config.rotary
 
         def router(outputs):
-            return nnx.Linear(stack.width, outputs, use_bias=False, rngs=rngs)  # float32, as its weights
+            return nnx.Linear(stack.width, outputs, use_bias=False, rngs=rngs)  # in the dtype of its inputs
 
         self.query_key_value = stack.linear(3 * stack.width, rngs=rngs)
         self.stage_router, self.routed_router = router(2), router(config.heads - config.shared)
@@ -85,6 +85,7 @@ class MixtureOfHeadAttention(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, MoHState)
         q, k, v = jnp.split(split_heads(self.query_key_value(x), 3 * self.heads), 3, axis=2)
         cache = None if state is None else state.attention
         if self.rotary:
@@ -101,7 +102,11 @@ class MixtureOfHeadAttention(nnx.Module):
         return y, MoHState(cache, balance)
 
     def gates(self, x):
-        """The gates of all heads, the probabilities of the routed ones, and which of these are chosen, as 0 and 1."""
+        """The gates of all heads, the probabilities of the routed ones, and which of these are chosen, as 0 and 1.
+
+        All float32 or wider: they are counted and summed over tokens, and bfloat16 counts to 256.
+        """
+        x = x.astype(contract.accumulation_dtype(x))
         probabilities = jax.nn.softmax(self.routed_router(x))
         _, indices = jax.lax.top_k(probabilities, self.active)
         chosen = jnp.sum(jax.nn.one_hot(indices, probabilities.shape[-1], dtype=probabilities.dtype), axis=-2)
@@ -135,8 +140,8 @@ class MixtureOfHeadAttentionConfig(MixerConfig):
             raise ValueError(f"shared: expected a number from 1 to {self.heads - 1}, got {self.shared}")
         if not 1 <= self.active <= self.heads - self.shared:
             raise ValueError(f"active: expected a number from 1 to {self.heads - self.shared}, got {self.active}")
-        if self.rotary and stack.width // self.heads % 2:
-            raise ValueError(f"rotary: expected heads of even size, got {stack.width // self.heads}")
+        if self.rotary:
+            check_rotary(stack.width // self.heads)
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> MixtureOfHeadAttention:
         """One mixture-of-head attention."""

@@ -47,9 +47,11 @@ from primitives import (
     rotary,
 )
 from zoo.layers import (
+    LLAMA,
     MixerConfig,
     PositionState,
     StackConfig,
+    check_rotary,
     count_positions,
     fresh_positions,
     merge_heads,
@@ -80,6 +82,7 @@ def recurrent_chunk_attention(
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, "batch time heads dim"], RATState]:
     """Attention of every token over its own recurrent state and those at the ends of earlier chunks: see above."""
+    contract.check_state(state, RATState)
     time = q.shape[1]
     state = _fresh_state(k, v, segment_ids, -(-time // chunk)) if state is None else state
     positions, position = count_positions(segment_ids, state.position, time)
@@ -195,16 +198,15 @@ class RATConfig(MixerConfig):
             raise ValueError(f"groups: expected a divisor of the {self.heads} heads, got {self.groups}")
         if self.chunk < 1:
             raise ValueError(f"chunk: expected a positive number of tokens, got {self.chunk}")
-        if self.rotary and stack.width // self.heads % 2:
-            raise ValueError(f"rotary: expected heads of even size, got {stack.width // self.heads}")
+        if self.rotary:
+            check_rotary(stack.width // self.heads)
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> RAT:
         """One RAT."""
         return RAT(self, stack, rngs=rngs)
 
 
-_LLAMA = {"gated": True, "activation": "silu", "bias": False, "norm": "rms"}
 PRESETS = {
-    "tiny": StackConfig(width=16, layers=2, pattern=(RATConfig(heads=2, chunk=4),), hidden=32, **_LLAMA),
-    "1.3b": StackConfig(width=2048, layers=24, pattern=(RATConfig(heads=16),), hidden=5504, scan=True, **_LLAMA),
+    "tiny": StackConfig(width=16, layers=2, pattern=(RATConfig(heads=2, chunk=4),), hidden=32, **LLAMA),
+    "1.3b": StackConfig(width=2048, layers=24, pattern=(RATConfig(heads=16),), hidden=5504, scan=True, **LLAMA),
 }

@@ -66,6 +66,7 @@ class RecurrentNetwork(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, RecurrentState)
         inputs = self.input(x.swapaxes(0, 1))  # time first, before it is several times as large
         outputs_dtype, dtype = inputs.dtype, contract.accumulation_dtype(inputs)
         if state is None:

@@ -69,6 +69,7 @@ class Retention(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, RetentionState)
         attention, position = (None, fresh_positions(segment_ids, x.shape[0])) if state is None else state
         positions, position = count_positions(segment_ids, position, x.shape[1])
         q, k, v = (split_heads(project(x), self.heads) for project in (self.query, self.key, self.value))

@@ -36,7 +36,7 @@ from flax import nnx
 from jax import lax
 
 from primitives import discretise_bilinear, discretise_zero_order_hold, state_space_bank
-from zoo.layers import MixerConfig, StackConfig, check_choice
+from zoo.layers import MixerConfig, StackConfig, check_choice, widen
 
 DISCRETISATIONS = {"zero_order_hold": discretise_zero_order_hold, "bilinear": discretise_bilinear}
 
@@ -47,8 +47,17 @@ def log_steps(key, shape):
 
 
 def join_complex(parts):
-    """Complex numbers of their real and imaginary parts: parameters are real, optimizers and casts know no others."""
-    return lax.complex(parts[0], parts[1])
+    """Complex numbers of their real and imaginary parts: parameters are real, optimizers and casts know no others.
+
+    Float32 or wider: there are no narrower complex numbers.
+    """
+    real, imaginary = (widen(part) for part in parts)
+    return lax.complex(real, imaginary)
+
+
+def modes(log_real, imaginary):
+    """``−exp(log_real) + i · imaginary``: modes in continuous time that do not grow."""
+    return join_complex((-jnp.exp(widen(log_real)), imaginary))
 
 
 def hippo_normal(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,8 +104,8 @@ class S4D(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
-        a = lax.complex(-jnp.exp(self.log_real[...]), self.imaginary[...])
-        decay, b = DISCRETISATIONS[self.discretisation](a, jnp.exp(self.log_dt[...])[:, None])
+        a, dt = modes(self.log_real[...], self.imaginary[...]), jnp.exp(widen(self.log_dt[...]))
+        decay, b = DISCRETISATIONS[self.discretisation](a, dt[:, None])
         c = 2 * join_complex(self.c[...])
         y, state = state_space_bank(x, decay, b, c, self.d[...], state=state, segment_ids=segment_ids)
         return jax.nn.glu(self.output(jax.nn.gelu(y))), state

@@ -29,11 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from primitives import diagonal_state_space, discretise_zero_order_hold
-from zoo.layers import MixerConfig, StackConfig
-from zoo.token_mixers.s4d import check_state_size, hippo_normal, join_complex, log_steps
+from zoo.layers import MixerConfig, StackConfig, widen
+from zoo.token_mixers.s4d import check_state_size, hippo_normal, join_complex, log_steps, modes
 
 
 class S5(nnx.Module):
@@ -55,8 +54,8 @@ class S5(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
-        a = lax.complex(-jnp.exp(self.log_real[...]), self.imaginary[...])
-        decay, scale = discretise_zero_order_hold(a, jnp.exp(self.log_dt[...]))
+        a, dt = modes(self.log_real[...], self.imaginary[...]), jnp.exp(widen(self.log_dt[...]))
+        decay, scale = discretise_zero_order_hold(a, dt)
         b, c = scale[:, None] * join_complex(self.b[...]), 2 * join_complex(self.c[...])
         y, state = diagonal_state_space(x, decay, b, c, self.d[...], state=state, segment_ids=segment_ids)
         y = jax.nn.gelu(y)

@@ -31,7 +31,7 @@ import jax
 from flax import nnx
 
 from primitives import cache_positions, causal_attention, rotary
-from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads
+from zoo.layers import LLAMA, MixerConfig, StackConfig, check_rotary, merge_heads, split_heads
 
 
 class DiffQKVAttention(nnx.Module):
@@ -92,8 +92,8 @@ class DiffQKVAttentionConfig(MixerConfig):
             if (size := getattr(self, option)) is not None and size < 1:
                 raise ValueError(f"{option}: expected a positive number, got {size}")
         key_dim = self.key_dim or stack.width // self.heads
-        if self.rotary and key_dim % 2:
-            raise ValueError(f"rotary: expected heads of even size, got {key_dim}")
+        if self.rotary:
+            check_rotary(key_dim)
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> DiffQKVAttention:
         """One DiffQKV attention."""
@@ -102,8 +102,7 @@ class DiffQKVAttentionConfig(MixerConfig):
 
 _TINY = DiffQKVAttentionConfig(heads=4, key_heads=1, value_heads=2, key_dim=2, query_hidden=24)
 _PAPER = DiffQKVAttentionConfig(heads=32, key_heads=4, value_heads=16, query_hidden=3072)
-_LLAMA = {"gated": True, "activation": "silu", "bias": False, "norm": "rms"}
 PRESETS = {
-    "tiny": StackConfig(width=16, layers=2, pattern=(_TINY,), hidden=32, **_LLAMA),
-    "1.5b": StackConfig(width=2048, layers=26, pattern=(_PAPER,), hidden=6144, scan=True, **_LLAMA),
+    "tiny": StackConfig(width=16, layers=2, pattern=(_TINY,), hidden=32, **LLAMA),
+    "1.5b": StackConfig(width=2048, layers=26, pattern=(_PAPER,), hidden=6144, scan=True, **LLAMA),
 }

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import cache_positions, rotary, sigmoid_attention
-from zoo.layers import NORMS, MixerConfig, StackConfig, merge_heads, split_heads
+from zoo.layers import LLAMA, NORMS, MixerConfig, StackConfig, check_rotary, merge_heads, split_heads
 
 
 class SigmoidAttention(nnx.Module):
@@ -83,8 +83,8 @@ class SigmoidAttentionConfig(MixerConfig):
         super().check(stack)
         if self.context < 1:
             raise ValueError(f"context: expected a positive number of tokens, got {self.context}")
-        if self.rotary and stack.width // self.heads % 2:
-            raise ValueError(f"rotary: expected heads of even size, got {stack.width // self.heads}")
+        if self.rotary:
+            check_rotary(stack.width // self.heads)
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> SigmoidAttention:
         """One sigmoid attention."""
@@ -92,8 +92,4 @@ class SigmoidAttentionConfig(MixerConfig):
 
 
 _TINY = SigmoidAttentionConfig(heads=2, context=64, rotary=True, query_key_norm=True, output_norm=True)
-PRESETS = {
-    "tiny": StackConfig(
-        width=16, layers=2, pattern=(_TINY,), hidden=32, gated=True, activation="silu", bias=False, norm="rms"
-    )
-}
+PRESETS = {"tiny": StackConfig(width=16, layers=2, pattern=(_TINY,), hidden=32, **LLAMA)}

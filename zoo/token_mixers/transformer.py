@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import cache_positions, causal_attention, rotary
-from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads
+from zoo.layers import LLAMA, MixerConfig, StackConfig, check_rotary, merge_heads, split_heads
 from zoo.token_mixers import aaren
 
 
@@ -71,8 +71,8 @@ class SelfAttentionConfig(MixerConfig):
         super().check(stack)
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: expected a divisor of the {self.heads} heads, got {self.kv_heads}")
-        if self.rotary and stack.width // self.heads % 2:
-            raise ValueError(f"rotary: expected heads of even size, got {stack.width // self.heads}")
+        if self.rotary:
+            check_rotary(stack.width // self.heads)
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> SelfAttention:
         """One self-attention."""
@@ -86,7 +86,5 @@ PRESETS = {
     **aaren.presets(SelfAttentionConfig),
     "base": StackConfig(512, 6, _HEADS[8], hidden=2048, dropout=0.1, **_PAPER),
     "big": StackConfig(1024, 6, _HEADS[16], hidden=4096, dropout=0.3, **_PAPER),
-    "plus_plus": StackConfig(
-        1024, 24, _PLUS, hidden=2816, gated=True, activation="silu", bias=False, norm="rms", scan=True
-    ),
+    "plus_plus": StackConfig(1024, 24, _PLUS, hidden=2816, scan=True, **LLAMA),
 }

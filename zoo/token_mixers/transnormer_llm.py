@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import LinearAttentionState, linear_attention, lrpe
+from primitives import LinearAttentionState, contract, linear_attention, lrpe
 from zoo.layers import (
     MixerConfig,
     PositionState,
@@ -74,6 +74,7 @@ class TransNormer(nnx.Module):
 
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
+        contract.check_state(state, TransNormerState)
         attention, position = (None, None) if state is None else state
         tokens = jax.nn.silu(self.query(x)), jax.nn.silu(self.key(x)), self.value(x)
         q, k, v = (split_heads(y, self.heads) for y in tokens)
