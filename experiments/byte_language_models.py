@@ -22,7 +22,7 @@ from flax import nnx
 import zoo
 from experiments import ExperimentError, check_positive
 from experiments.data import check_text, load_text, text_batches, text_evaluation_batches
-from experiments.figures import figure
+from experiments.figures import figure, marker
 from experiments.measure import time_call
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
@@ -304,15 +304,15 @@ def _row(result):
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:
     """Bits per byte against bytes of state, and against the speed of training."""
     results = metrics["results"]
-    with figure(folder / "byte_language_models.png", width=11, height=5, panels=2) as axes:
+    with figure(folder / "byte_language_models.png", width=12, height=5.5, panels=2) as axes:
         values = {
             "bytes of state after the longest prompt": [r["generation"][-1]["bytes_of_state"] for r in results],
             "tokens per second in training": [r["training_tokens_per_second"] for r in results],
         }
-        bits = [result["bits_per_byte"]["mean"] for result in results]
         for axis, (label, xs) in zip(axes, values.items(), strict=True):
-            for i, (result, x, y) in enumerate(zip(results, xs, bits, strict=True)):
-                axis.plot(x, y, color=f"C{i % 10}", marker="osD^v"[i // 10 % 5], ms=5, ls="none")
-                axis.annotate(result["mixer"], (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6.5)
+            for number, (result, x) in enumerate(zip(results, xs, strict=True)):
+                style = {"ms": 6, "ls": "none", **marker(number)}
+                axis.plot(x, result["bits_per_byte"]["mean"], label=result["mixer"], **style)
             axis.set(xscale="log", xlabel=label, ylabel="bits per byte (test)")
             axis.grid(alpha=0.3)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)

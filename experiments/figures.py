@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import writing
 
-__all__ = ["draw_growth", "figure"]
+__all__ = ["draw_growth", "figure", "marker"]
 
 
 @contextlib.contextmanager
@@ -21,6 +21,11 @@ def figure(path: Path, *, width: float, height: float, panels: int = 1) -> Itera
     yield list(axes)
     with writing(path):
         canvas.savefig(path, dpi=150)
+
+
+def marker(number: int) -> dict[str, str]:
+    """Colour and shape of a series, different for the first fifty."""
+    return {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
 
 
 def draw_growth(axis: Axes, growth: Mapping[str, Any], *, title: str) -> None:

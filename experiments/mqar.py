@@ -24,7 +24,7 @@ from flax import nnx
 import zoo
 from experiments import check_positive
 from experiments.data import MQAR_TEST, MQAR_TRAIN, MQARSize, mqar, mqar_batches
-from experiments.figures import figure
+from experiments.figures import figure, marker
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
 
@@ -273,15 +273,13 @@ def _published(results: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:
     """Accuracy against bytes of state, a line for each mixer."""
     results = metrics["results"]
-    with figure(folder / "mqar.png", width=8, height=5) as (axis,):
-        for color, name in enumerate(dict.fromkeys(result["mixer"] for result in results)):
+    with figure(folder / "mqar.png", width=9.5, height=5.5) as (axis,):
+        for number, name in enumerate(dict.fromkeys(result["mixer"] for result in results)):
             points = sorted((r["bytes_of_state"], _score(r)) for r in results if r["mixer"] == name)
-            style = {"color": f"C{color % 10}", "marker": "osD^v"[color // 10 % 5], "ms": 4, "lw": 1}
-            axis.plot(*zip(*points, strict=True), **style)
-            axis.annotate(name, points[-1], xytext=(4, 2), textcoords="offset points", fontsize=6.5)
+            axis.plot(*zip(*points, strict=True), ms=5, lw=1, label=name, **marker(number))
         for style, (name, accuracy) in zip((":", "--"), metrics["references"].items(), strict=True):
             axis.axhline(accuracy, color="gray", ls=style, lw=1, label=name)
         axis.set(xscale="log", xlabel="bytes of the mixer's state", ylabel="accuracy of recall", ylim=(0, 1.03))
         axis.set_title("Associative recall against the size of the state")
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper left", fontsize=7)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)

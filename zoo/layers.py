@@ -35,8 +35,8 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
 
 def check_heads(stack: "StackConfig", heads: int, argument: str = "heads") -> None:
     """Raise `ValueError` unless the width of the stack is a multiple of a number of heads."""
-    if heads < 1 or stack.width % heads:
-        raise ValueError(f"{argument}: expected a divisor of the width, {stack.width}, got {heads}")
+    if not isinstance(heads, int) or heads < 1 or stack.width % heads:
+        raise ValueError(f"{argument}: expected a divisor of the width, {stack.width}, got {heads!r}")
 
 
 def check_rotary(dim: int) -> None:
@@ -105,10 +105,10 @@ class StackConfig:
         check_choice("norm_place", self.norm_place, ("pre", "post"))
         check_choice("position", self.position, ("none", "sinusoidal", "learned"))
         for size in ("width", "layers", "max_length"):
-            if getattr(self, size) < 1:
-                raise ValueError(f"{size}: expected a positive number, got {getattr(self, size)}")
-        if self.hidden < 0:
-            raise ValueError(f"hidden: expected a positive number, or 0 for no channel mixer, got {self.hidden}")
+            if not isinstance(getattr(self, size), int) or getattr(self, size) < 1:
+                raise ValueError(f"{size}: expected a positive integer, got {getattr(self, size)!r}")
+        if not isinstance(self.hidden, int) or self.hidden < 0:
+            raise ValueError(f"hidden: expected a positive integer, or 0 for no channel mixer, got {self.hidden!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a rate in [0, 1), got {self.dropout}")
         for name in ("pattern", "first"):

@@ -257,6 +257,8 @@ def test_wrong_inputs():
         ({"pattern": ()}, "pattern: expected at least one mixer"),
         ({"layers": 3, "pattern": (zoo.AarenConfig(),) * 2}, "layers: expected 0 first ones and a multiple of the 2"),
         ({"hidden": -1}, "hidden"),
+        ({"width": 64.0}, "width: expected a positive integer, got 64.0"),
+        ({"pattern": (zoo.AarenConfig(heads=2.0),)}, "heads: expected a divisor of the width, 64, got 2.0"),
         ({"dropout": 1.0}, "dropout"),
     ):
         with pytest.raises(ValueError, match=message):
