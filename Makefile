@@ -21,10 +21,10 @@ demo: $(VENV)/experiments.stamp  ## Aaren and a causal Transformer on JapaneseVo
 	$(RUN) experiments aaren_classification --preset demo
 
 test: $(VENV)/dev.stamp  ## all tests; the laws over every pair of their axes
-	$(RUN) pytest -n $(WORKERS)
+	$(RUN) pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(VENV)/dev.stamp  ## all tests; the laws over the full product of their axes
-	$(RUN) pytest -n $(WORKERS) --full
+	$(RUN) pytest -n $(WORKERS) --dist worksteal --full
 
 lint: $(VENV)/dev.stamp  ## ruff, and generated tables in sync
 	$(RUN) ruff check .
