@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import zoo
 from experiments import check_positive
 from experiments.data import associative_recall, recall_batches
 from experiments.figures import figure
+from experiments.mqar import judge
 from experiments.results import summary, table
 from experiments.trainer import fit, schedule
 
@@ -111,14 +110,6 @@ def _train(name, config, sizes, test, folder):
             f"{name}_language_model", rngs=nnx.Rngs(key), vocabulary=config.vocabulary, width=config.width,
             layers=config.layers, heads=config.heads, hidden=2 * config.width, position="sinusoidal",
         )  # fmt: skip
-
-    def judge(model, batch):
-        """Mean loss and accuracy over the queries."""
-        logits, _ = model(batch["tokens"])
-        asked = batch["targets"] >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
-        right = jnp.argmax(logits, axis=-1) == batch["targets"]
-        return jnp.mean(losses, where=asked), jnp.mean(right, where=asked)
 
     def loss(model, batch, key):
         value, accuracy = judge(model, batch)

@@ -182,14 +182,6 @@ def _train(name, options, config, chosen_by, test, folder):
     def create(key):
         return _model(name, options, config, key)
 
-    def judge(model, batch):
-        """Mean loss and accuracy over the queries."""
-        logits, _ = model(batch["tokens"])
-        asked = batch["targets"] >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
-        right = jnp.argmax(logits, axis=-1) == batch["targets"]
-        return jnp.mean(losses, where=asked), jnp.mean(right, where=asked)
-
     def loss(model, batch, key):
         value, accuracy = judge(model, batch)
         return value, {"accuracy": accuracy}
@@ -234,11 +226,20 @@ def _train(name, options, config, chosen_by, test, folder):
     }
 
 
-def _in_parts(judge, batch, most=32):
+def judge(model: nnx.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Mean loss and accuracy over the queries, where targets are not negative."""
+    logits, _ = model(batch["tokens"])
+    asked = batch["targets"] >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return jnp.mean(losses, where=asked), jnp.mean(right, where=asked)
+
+
+def _in_parts(function, batch, most=32):
     """The mean over sequences, so many at a time: logits of a large vocabulary are large."""
     part = max(n for n in range(1, most + 1) if len(batch["tokens"]) % n == 0)
     parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), dict(batch))
-    return jnp.mean(jax.lax.map(judge, parts))
+    return jnp.mean(jax.lax.map(function, parts))
 
 
 def _label(size: tuple[int, int, int]) -> str:
