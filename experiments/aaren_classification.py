@@ -30,7 +30,7 @@ from experiments.data import (
     stratified_split,
 )
 from experiments.figures import figure
-from experiments.measure import growth_exponent
+from experiments.measure import count_parameters, growth_exponent
 from experiments.results import summary, table
 from experiments.streaming import Stream, stream
 from experiments.trainer import fit, schedule
@@ -140,7 +140,7 @@ def _compare(name, config, train, test, folder):
         "test_accuracy": summary(tested["accuracy"]),
         "test_loss": summary(tested["loss"]),
         **training,
-        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        "parameters": count_parameters(model),
         "stream": result._asdict(),
         "exponent_of_time": growth_exponent(result.tokens, result.seconds, first=late),
         "exponent_of_memory": growth_exponent(result.tokens, result.used_bytes, first=late),

@@ -23,7 +23,7 @@ import zoo
 from experiments import ExperimentError, check_positive
 from experiments.data import check_text, load_text, text_batches, text_evaluation_batches
 from experiments.figures import figure, marker
-from experiments.measure import time_call
+from experiments.measure import compile_call, count_parameters, time_call
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
 
@@ -152,8 +152,7 @@ def _create(name: str, config: Config, hidden: int, key: Any) -> nnx.Module:
 
 
 def _parameters(name: str, config: Config, hidden: int) -> int:
-    model = jax.eval_shape(lambda: _create(name, config, hidden, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return count_parameters(jax.eval_shape(lambda: _create(name, config, hidden, jax.random.key(0))))
 
 
 def _fitting_hidden(name: str, config: Config, budget: int) -> int:
@@ -166,15 +165,10 @@ def _compare(name, config, train, tested, budget, folder):
     """Everything about one mixer."""
     hidden = _fitting_hidden(name, config, budget)
 
-    def loss(model, batch, key):
-        logits, _ = model(batch["tokens"])
-        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
-        return value, {}
-
     training = schedule(config.steps)
     seeds = range(config.seeds)
     fitted = fit(
-        lambda key: _create(name, config, hidden, key), loss,
+        lambda key: _create(name, config, hidden, key), lambda model, batch, key: (_loss(model, batch), {}),
         text_batches(train, config.batch_size, length=config.length, seed=list(seeds)).__getitem__, training,
         folder, seeds=seeds, learning_rates=[config.learning_rate] * config.seeds, label=name,
     )  # fmt: skip
@@ -191,6 +185,12 @@ def _compare(name, config, train, tested, budget, folder):
         "diverged": fitted.diverged,
         "history": fitted.history,
     }
+
+
+def _loss(model, batch):
+    """Mean nats of the next byte."""
+    logits, _ = model(batch["tokens"])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
 
 
 def _bits_per_byte(models, text, config):
@@ -217,14 +217,7 @@ def _training_speed(name, config, hidden, text):
     model = _create(name, config, hidden, jax.random.key(0))
     batch = text_batches(text, config.batch_size, length=config.length, seed=0)[0]
 
-    def gradients(model, batch):
-        def loss(model):
-            logits, _ = model(batch["tokens"])
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
-
-        return jax.value_and_grad(loss)(model)
-
-    compiled = jax.jit(gradients).lower(model, batch).compile()
+    compiled = compile_call(jax.value_and_grad(_loss), (model, batch))
     return config.batch_size * config.length / time_call(compiled, (model, batch), repeats=5)
 
 
@@ -242,7 +235,7 @@ def _generation(model, text, prompt, config):
         return jax.lax.scan(step, (token, state), length=config.generated)[0]
 
     inputs = model, state, tokens[:, -1:]
-    seconds = time_call(jax.jit(decode).lower(*inputs).compile(), inputs, repeats=5)
+    seconds = time_call(compile_call(decode, inputs), inputs, repeats=5)
     return {
         "prompt": prompt,
         "microseconds_per_token": 1e6 * seconds / config.generated,

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import zoo
 from experiments import ExperimentError, check_positive
 from experiments.compile_prefix_scan import tpu_devices
+from experiments.measure import count_parameters
 from experiments.results import table
 from experiments.trainer import progress
 
@@ -130,7 +131,7 @@ def _compile(model, mesh, config):
     found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
     return {
         "model": model,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": count_parameters(abstract),
         "parameters, moments (GiB)": memory.argument_size_in_bytes / 2**30,
         "temporaries (GiB)": memory.temp_size_in_bytes / 2**30,
         "peak (GiB)": memory.peak_memory_in_bytes / 2**30,

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, PyTree
 
 __all__ = [
     "compile_call",
+    "count_parameters",
     "fastest_call",
     "growth_exponent",
     "measure_growth",
@@ -22,6 +24,11 @@ __all__ = [
 def compile_call(function: Callable, inputs: Sequence[PyTree]) -> jax.stages.Compiled:
     """A function compiled for inputs, which may be mere shapes."""
     return jax.jit(function).lower(*inputs).compile()
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """Numbers that are trained, of a model or of its mere shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def time_call(compiled: jax.stages.Compiled, inputs: Sequence[PyTree], *, repeats: int) -> float:

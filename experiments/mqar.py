@@ -25,6 +25,7 @@ import zoo
 from experiments import check_positive
 from experiments.data import MQAR_TEST, MQAR_TRAIN, MQARSize, mqar, mqar_batches
 from experiments.figures import figure, marker
+from experiments.measure import count_parameters
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
 
@@ -219,7 +220,7 @@ def _train(name, options, config, chosen_by, test, folder):
         "accuracy": {_label(size): chosen(last[f"evaluate/{_label(size)}"]) for size in config.test},
         "learning_rate": config.learning_rates[best],
         "bytes_of_state": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.layers[-1])),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        "parameters": count_parameters(model),
         "training_seconds": fitted.seconds,
         "diverged": fitted.diverged,
         "history": fitted.history,

@@ -187,9 +187,10 @@ jax.export.register_namedtuple_serialization(PositionState, serialized_name="zoo
 
 
 def count_positions(
-    segment_ids: Int[Array, "batch time"] | None, state: PositionState, time: int
+    segment_ids: Int[Array, "batch time"] | None, state: PositionState | None, batch: int, time: int
 ) -> tuple[Int[Array, "batch time"], PositionState]:
     """The position of every token in its document, counted over real tokens (that of padding means nothing)."""
+    state = fresh_positions(segment_ids, batch) if state is None else state
     segments = contract.segments(segment_ids, state.segment)
     number, first = contract.count_tokens(segments, state.position, jnp.zeros_like(state.position), time)
     positions = number - first
@@ -232,8 +233,7 @@ class Positions(nnx.Module):
         """Tokens with their positions, and a `PositionState`."""
         if self.table is not None and x.shape[1] > self.max_length:
             raise ValueError(f"x: expected at most {self.max_length} tokens (max_length), got {x.shape[1]}")
-        state = fresh_positions(segment_ids, x.shape[0]) if state is None else state
-        positions, state = count_positions(segment_ids, state, x.shape[1])
+        positions, state = count_positions(segment_ids, state, *x.shape[:2])
         if self.table is None:
             phase = angles(positions, self.width, contract.accumulation_dtype(x))
             vectors = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)[..., : self.width]

@@ -43,7 +43,7 @@ def read_out(p, x, o):
 def test_recurrence():
     """The state after each token by its sum, softmax over the prefix in each channel; no recurrence."""
     with jax.enable_x64(True):
-        mixer = build(lightnet.LightNet, LightNetConfig(heads=2), 0)
+        mixer = build(lightnet.LightNet, LightNetConfig(heads=2))
         p, x = mixer.projections, normal(2, 9, 8)
         q, k, v = silu(heads_of(p.query, x)), heads_of(p.key, x), heads_of(p.value, x)
         o = np.zeros(v.shape)
@@ -59,7 +59,7 @@ def test_recurrence():
 
 def test_rows_of_the_state_are_heads_of_aaren():
     with jax.enable_x64(True):
-        mixer = build(lightnet.LightNet, LightNetConfig(heads=2), 0, scale=20)
+        mixer = build(lightnet.LightNet, LightNetConfig(heads=2), scale=20)
         x = jnp.asarray(normal(2, 9, 8))
         _, k, v = mixer.projections.inputs(x)
         _, state = jax.jit(mixer)(x)
@@ -71,7 +71,7 @@ def test_rows_of_the_state_are_heads_of_aaren():
 def test_tpe():
     """A sum with powers of the decay, normalised and projected; added to the input and to the output."""
     with jax.enable_x64(True):
-        mixer = build(lightnet.LightNet, LightNetConfig(heads=2, tpe=True), 0)
+        mixer = build(lightnet.LightNet, LightNetConfig(heads=2, tpe=True))
         tpe, x = mixer.tpe, normal(2, 9, 8)
         decay = 1 / (1 + np.exp(-np.asarray(tpe.decay[...])))
         weight = np.sum(np.asarray(tpe.query[...]) * np.asarray(tpe.key[...]), axis=-1, keepdims=True)
@@ -81,7 +81,7 @@ def test_tpe():
         average /= np.sqrt(np.mean(average**2, axis=-1, keepdims=True) + 1e-6)
         average *= np.asarray(tpe.norm.scale[...])
         encoding = average.reshape(2, 9, 8) @ np.asarray(tpe.output.kernel[...])
-        plain = build(lightnet.LightNet, LightNetConfig(heads=2), 0)
+        plain = build(lightnet.LightNet, LightNetConfig(heads=2))
         plain.projections = mixer.projections
         run = jax.jit(lambda x, moved: (tpe(x)[0], mixer(x)[0], plain(moved)[0]))
         found = jax.tree.map(np.asarray, run(x, x + encoding))
@@ -92,7 +92,7 @@ def test_tpe():
 def test_lrpe_in_the_mixer():
     """Weights of the plain mixer times the cosine of the difference of positions, channel by channel."""
     with jax.enable_x64(True):
-        mixer = build(lightnet.LightNet, LightNetConfig(heads=2, lrpe=True), 0)
+        mixer = build(lightnet.LightNet, LightNetConfig(heads=2, lrpe=True))
         p, x = mixer.projections, normal(1, 7, 8)
         q, k, v = silu(heads_of(p.query, x)), heads_of(p.key, x), heads_of(p.value, x)
         theta, o = np.asarray(p.theta[...]), np.zeros(v.shape)
@@ -132,7 +132,7 @@ def test_non_causal_is_one_softmax_over_all_tokens():
         outputs = run(x)
         chex.assert_trees_all_close(outputs, read_out(p, x, o), rtol=0, atol=1e-12)
         # The causal mixer agrees in the last token, which has seen all; and the order of tokens is nothing.
-        causal = build(lightnet.LightNet, LightNetConfig(heads=2), 0)
+        causal = build(lightnet.LightNet, LightNetConfig(heads=2))
         causal.projections = p
         chex.assert_trees_all_close(jax.jit(causal)(x)[0][:, -1], outputs[:, -1], rtol=0, atol=1e-12)
         order = np.random.default_rng(1).permutation(9)
@@ -143,7 +143,7 @@ def test_one_scan_reaches_all_pixels():
     """The support of the Jacobian is full on an image; that of the causal mixer, also one scan, is a triangle."""
     x = jnp.asarray(normal(1, 3, 4, 8), jnp.float32)
     grid = build(GridLightNet, LightNetConfig(heads=2, lrpe=True), 2, dtype=jnp.float32)
-    causal = build(lightnet.LightNet, LightNetConfig(heads=2), 0, dtype=jnp.float32)
+    causal = build(lightnet.LightNet, LightNetConfig(heads=2), dtype=jnp.float32)
 
     def support(function):
         jacobian = jax.jit(jax.jacobian(lambda x: function(x).sum(axis=-1).ravel()))(x)

@@ -33,8 +33,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from primitives import contract, prefix_scan_attention
-from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads
+from primitives import prefix_scan_attention
+from zoo.layers import MixerConfig, StackConfig, merge_heads, split_heads, widen
 
 
 class Aaren(nnx.Module):
@@ -58,7 +58,7 @@ class Aaren(nnx.Module):
         query = self.query(self.learned_query[...]).reshape(self.heads, -1)
         query = query * query.shape[-1] ** -0.5
         kernel, bias = (p.reshape(*p.shape[:-1], *query.shape) for p in (self.key.kernel, self.key.bias))
-        x = x.astype(contract.accumulation_dtype(x))
+        x = widen(x)
         return x @ jnp.sum(kernel * query, axis=-1) + jnp.sum(bias * query, axis=-1)
 
 

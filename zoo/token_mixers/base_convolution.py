@@ -31,7 +31,7 @@ from zoo.layers import MixerConfig, ShortConvolution, StackConfig
 class BaseConvolution(nnx.Module):
     """The mixer. Its state is a `primitives.ShortConvolutionState`."""
 
-    def __init__(self, config: "BaseConvolutionConfig", stack: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "BaseConvolutionConfig", stack: StackConfig, *, rngs: nnx.Rngs):
         self.projection = stack.linear(stack.width, bias=True, rngs=rngs)
         self.convolution = ShortConvolution(
             stack.width, config.taps, activation="identity", bias=True, dtype=stack.dtype, rngs=rngs
@@ -56,7 +56,7 @@ class BaseConvolutionConfig(MixerConfig):
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> BaseConvolution:
         """One BaseConv."""
-        return BaseConvolution(self, stack, layer, rngs=rngs)
+        return BaseConvolution(self, stack, rngs=rngs)
 
 
 PRESETS = {

@@ -52,9 +52,9 @@ from zoo.layers import (
     StackConfig,
     check_rotary,
     count_positions,
-    fresh_positions,
     merge_heads,
     split_heads,
+    widen,
 )
 
 # --- Taylor attention -----------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ from zoo.layers import (
 class TaylorAttention(nnx.Module):
     """The mixer. Its state is a `primitives.LinearAttentionState`."""
 
-    def __init__(self, config: "TaylorAttentionConfig", stack: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "TaylorAttentionConfig", stack: StackConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
         features = config.heads * config.feature_dim
         self.query, self.key = (stack.linear(features, rngs=rngs) for _ in range(2))
@@ -78,7 +78,7 @@ class TaylorAttention(nnx.Module):
 
     def features(self, x):
         """φ of each head, float32 or wider."""
-        return taylor_features(split_heads(x, self.heads).astype(contract.accumulation_dtype(x)))
+        return taylor_features(widen(split_heads(x, self.heads)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TaylorAttentionConfig(MixerConfig):
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> TaylorAttention:
         """One Taylor attention."""
-        return TaylorAttention(self, stack, layer, rngs=rngs)
+        return TaylorAttention(self, stack, rngs=rngs)
 
 
 # --- Attention over a window ----------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class TaylorAttentionConfig(MixerConfig):
 class WindowAttention(nnx.Module):
     """The mixer. Its state is a `primitives.SlidingWindowState`."""
 
-    def __init__(self, config: "WindowAttentionConfig", stack: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "WindowAttentionConfig", stack: StackConfig, *, rngs: nnx.Rngs):
         self.heads, self.window, self.rotary = config.heads, config.window, config.rotary
         self.query_key_value = stack.linear(3 * stack.width, rngs=rngs)
         self.output = stack.linear(stack.width, rngs=rngs)
@@ -115,10 +115,8 @@ class WindowAttention(nnx.Module):
         contract.check_state(state, SlidingWindowState)
         q, k, v = (split_heads(part, self.heads) for part in jnp.split(self.query_key_value(x), 3, axis=-1))
         if self.rotary:
-            before = fresh_positions(segment_ids, len(x))
-            if state is not None:
-                before = PositionState(state.position, state.segment)
-            positions, _ = count_positions(segment_ids, before, x.shape[1])
+            before = None if state is None else PositionState(state.position, state.segment)
+            positions, _ = count_positions(segment_ids, before, *x.shape[:2])
             q, k = rotary(q, positions), rotary(k, positions)
         outputs, state = sliding_window_attention(q, k, v, window=self.window, state=state, segment_ids=segment_ids)
         return self.output(merge_heads(outputs)), state
@@ -142,7 +140,7 @@ class WindowAttentionConfig(MixerConfig):
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> WindowAttention:
         """One attention."""
-        return WindowAttention(self, stack, layer, rngs=rngs)
+        return WindowAttention(self, stack, rngs=rngs)
 
 
 # --- Gated convolution ----------------------------------------------------------------------------------------------
@@ -151,7 +149,7 @@ class WindowAttentionConfig(MixerConfig):
 class GatedConvolution(nnx.Module):
     """The mixer. Its state is a `primitives.ShortConvolutionState`."""
 
-    def __init__(self, config: "GatedConvolutionConfig", stack: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "GatedConvolutionConfig", stack: StackConfig, *, rngs: nnx.Rngs):
         inner = config.expansion * stack.width
         self.inner = stack.linear(2 * inner, bias=True, rngs=rngs)
         self.convolution = ShortConvolution(inner, config.taps, activation="silu", dtype=stack.dtype, rngs=rngs)
@@ -179,7 +177,7 @@ class GatedConvolutionConfig(MixerConfig):
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> GatedConvolution:
         """One gated convolution."""
-        return GatedConvolution(self, stack, layer, rngs=rngs)
+        return GatedConvolution(self, stack, rngs=rngs)
 
 
 # --- Stacks ---------------------------------------------------------------------------------------------------------

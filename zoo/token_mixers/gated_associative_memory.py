@@ -35,7 +35,7 @@ from zoo.layers import MixerConfig, ShortConvolution, StackConfig
 class GatedAssociativeMemory(nnx.Module):
     """The mixer. Its state is a `primitives.ShortConvolutionState`: the bank is a parameter, no state."""
 
-    def __init__(self, config: "GatedAssociativeMemoryConfig", stack: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "GatedAssociativeMemoryConfig", stack: StackConfig, *, rngs: nnx.Rngs):
         self.bank = nnx.Param(jax.nn.initializers.glorot_uniform()(rngs.params(), (config.slots, stack.width)))
         self.convolution = ShortConvolution(
             stack.width, config.taps, activation="identity", bias=True, dtype=stack.dtype, rngs=rngs
@@ -71,7 +71,7 @@ class GatedAssociativeMemoryConfig(MixerConfig):
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> GatedAssociativeMemory:
         """One pair of paths."""
-        return GatedAssociativeMemory(self, stack, layer, rngs=rngs)
+        return GatedAssociativeMemory(self, stack, rngs=rngs)
 
 
 PRESETS = {

@@ -24,8 +24,8 @@ import dataclasses
 import jax
 from flax import nnx
 
-from primitives import contract, linear_attention
-from zoo.layers import LLAMA, MixerConfig, StackConfig, check_heads, merge_heads, split_heads
+from primitives import linear_attention
+from zoo.layers import LLAMA, MixerConfig, StackConfig, check_heads, merge_heads, split_heads, widen
 
 
 class GatedLinearAttention(nnx.Module):
@@ -51,7 +51,7 @@ class GatedLinearAttention(nnx.Module):
     def log_decay(self, x):
         """``log α`` of every key channel, float32 or wider."""
         logits = self.decay_out(self.decay_in(x))
-        return jax.nn.log_sigmoid(logits.astype(contract.accumulation_dtype(logits))) / self.temperature
+        return jax.nn.log_sigmoid(widen(logits)) / self.temperature
 
 
 @dataclasses.dataclass(frozen=True)

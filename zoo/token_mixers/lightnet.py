@@ -66,9 +66,9 @@ from zoo.layers import (
     PositionState,
     StackConfig,
     count_positions,
-    fresh_positions,
     merge_heads,
     split_heads,
+    widen,
 )
 
 # --- Positions ------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _angles(heads, count):
 class LightNet(nnx.Module):
     """The causal mixer. Its state is a `LightNetState`."""
 
-    def __init__(self, config: "LightNetConfig", stack: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: "LightNetConfig", stack: StackConfig, *, rngs: nnx.Rngs):
         self.projections = Projections(config, stack, 1, rngs=rngs)
         self.tpe = ToeplitzPositions(config.heads, stack, rngs=rngs) if config.tpe else None
         self.lrpe = config.lrpe
@@ -181,8 +181,7 @@ class LightNet(nnx.Module):
             x = x + encoding
         places = None
         if self.lrpe:
-            positions = fresh_positions(segment_ids, len(x)) if positions is None else positions
-            places, positions = count_positions(segment_ids, positions, x.shape[1])
+            places, positions = count_positions(segment_ids, positions, *x.shape[:2])
         q, k, v = self.projections.inputs(x)
         k, log_decay, normaliser = normalised_exponential(k, state=normaliser, segment_ids=segment_ids)
         q, k = self.projections.rotate(q, places), self.projections.rotate(k, places)
@@ -240,7 +239,7 @@ def softmax_of_documents(
     k: Float[Array, "batch time heads dim"], segment_ids: Int[Array, "batch time"] | None = None
 ) -> Float[Array, "batch time heads dim"]:
     """Softmax over the tokens of each document, float32 or wider; zero at padding."""
-    k = k.astype(contract.accumulation_dtype(k))
+    k = widen(k)
     if segment_ids is None:
         return jax.nn.softmax(k, axis=1)
     valid, reset, _ = contract.segments(segment_ids, contract.fresh_counter(segment_ids, len(k)))
@@ -287,7 +286,7 @@ class LightNetConfig(MixerConfig):
 
     def mixer(self, stack: StackConfig, layer: int, *, rngs: nnx.Rngs) -> LightNet:
         """One causal LightNet."""
-        return LightNet(self, stack, layer, rngs=rngs)
+        return LightNet(self, stack, rngs=rngs)
 
 
 def _stack(width, layers, heads, hidden):

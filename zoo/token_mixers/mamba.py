@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import SelectiveScanState, ShortConvolutionState, contract, selective_scan
-from zoo.layers import MixerConfig, ShortConvolution, StackConfig
+from zoo.layers import MixerConfig, ShortConvolution, StackConfig, widen
 from zoo.token_mixers.s4d import log_steps
 
 
@@ -38,7 +38,7 @@ def step_bias(key, shape):
 
 def step_sizes(projected, bias):
     """``softplus(projected + bias)``, float32 or wider: steps are small, and their products with A are exponents."""
-    return jax.nn.softplus(projected.astype(contract.accumulation_dtype(projected)) + bias)
+    return jax.nn.softplus(widen(projected) + bias)
 
 
 class MambaState(NamedTuple):

@@ -36,7 +36,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from primitives import AttentionState, cache_positions, causal_attention, contract, rotary
-from zoo.layers import MixerConfig, StackConfig, check_rotary, merge_heads, split_heads
+from zoo.layers import MixerConfig, StackConfig, check_rotary, merge_heads, split_heads, widen
 
 
 class HeadBalance(NamedTuple):
@@ -106,7 +106,7 @@ class MixtureOfHeadAttention(nnx.Module):
 
         All float32 or wider: they are counted and summed over tokens, and bfloat16 counts to 256.
         """
-        x = x.astype(contract.accumulation_dtype(x))
+        x = widen(x)
         probabilities = jax.nn.softmax(self.routed_router(x))
         _, indices = jax.lax.top_k(probabilities, self.active)
         chosen = jnp.sum(jax.nn.one_hot(indices, probabilities.shape[-1], dtype=probabilities.dtype), axis=-2)

@@ -56,6 +56,7 @@ from zoo.layers import (
     fresh_positions,
     merge_heads,
     split_heads,
+    widen,
 )
 
 
@@ -85,10 +86,10 @@ def recurrent_chunk_attention(
     contract.check_state(state, RATState)
     time = q.shape[1]
     state = _fresh_state(k, v, segment_ids, -(-time // chunk)) if state is None else state
-    positions, position = count_positions(segment_ids, state.position, time)
+    positions, position = count_positions(segment_ids, state.position, *q.shape[:2])
     number, place = positions // chunk, positions % chunk
 
-    gate = gate.astype(contract.accumulation_dtype(gate))[:, :, None]
+    gate = widen(gate)[:, :, None]
     inputs = (1 - gate) * jnp.stack([k, v], axis=2)
     decay = jnp.where((place == 0)[..., None, None, None], 0, gate)
     tokens, recurrence = linear_recurrence(decay, inputs, state=state.recurrence, segment_ids=segment_ids)
@@ -161,7 +162,7 @@ class RAT(nnx.Module):
         z, v, g = jnp.split(self.gate_value_forget(x), 3, axis=-1)
         q, k = jnp.split(split_heads(self.query_key(x), 2 * self.groups), 2, axis=2)
         q, k = (jnp.repeat(array, self.heads // self.groups, axis=2) for array in (q, k))
-        gate = jax.nn.sigmoid(g.astype(contract.accumulation_dtype(g)) + self.forget_bias[...])
+        gate = jax.nn.sigmoid(widen(g) + self.forget_bias[...])
         outputs, state = recurrent_chunk_attention(
             q,
             k,

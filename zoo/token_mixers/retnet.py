@@ -38,7 +38,6 @@ from zoo.layers import (
     PositionState,
     StackConfig,
     count_positions,
-    fresh_positions,
     merge_heads,
     split_heads,
 )
@@ -70,8 +69,8 @@ class Retention(nnx.Module):
     def __call__(self, x, state=None, *, segment_ids=None, key=None):
         """Mix tokens ``[batch, time, width]``; nothing is random here."""
         contract.check_state(state, RetentionState)
-        attention, position = (None, fresh_positions(segment_ids, x.shape[0])) if state is None else state
-        positions, position = count_positions(segment_ids, position, x.shape[1])
+        attention, position = (None, None) if state is None else state
+        positions, position = count_positions(segment_ids, position, *x.shape[:2])
         q, k, v = (split_heads(project(x), self.heads) for project in (self.query, self.key, self.value))
         q, k = rotary(q, positions), rotary(k, positions)
         log_decay = jnp.asarray(np.log(decays(self.heads, self.longest)), contract.accumulation_dtype(q))

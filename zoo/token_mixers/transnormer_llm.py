@@ -42,7 +42,6 @@ from zoo.layers import (
     PositionState,
     StackConfig,
     count_positions,
-    fresh_positions,
     merge_heads,
     simple_rms_norm,
     split_heads,
@@ -79,8 +78,7 @@ class TransNormer(nnx.Module):
         tokens = jax.nn.silu(self.query(x)), jax.nn.silu(self.key(x)), self.value(x)
         q, k, v = (split_heads(y, self.heads) for y in tokens)
         if self.theta is not None:
-            position = fresh_positions(segment_ids, x.shape[0]) if position is None else position
-            positions, position = count_positions(segment_ids, position, x.shape[1])
+            positions, position = count_positions(segment_ids, position, *x.shape[:2])
             q, k = lrpe(q, positions, self.theta[...]), lrpe(k, positions, self.theta[...])
         log_decay = jax.lax.stop_gradient(self.log_decay[...])
         outputs, attention = linear_attention(q, k, v, log_decay, state=attention, scale=1.0, segment_ids=segment_ids)
