@@ -424,7 +424,10 @@ def _delta_rule(tokens, initial, state, segment_ids):
         q, tokens.k, missing, 2 * tokens.step, state=written, scale=1.0, segment_ids=segment_ids
     )
     outputs = outputs.reshape(*tokens.q.shape[:-1], -1) + matmul("bthrk,hkv->bthrv", tokens.q, initial)
-    return _Carry(written.memory + initial, None, None), outputs
+    weights = written.memory + initial
+    if segment_ids is not None:  # padding passes the weights as they are, not rounded
+        weights = jnp.where(jnp.any(segment_ids >= 0, axis=1)[:, None, None, None], weights, state.weights)
+    return _Carry(weights, None, None), outputs
 
 
 def _recomputed_scan(body, carry, xs):
