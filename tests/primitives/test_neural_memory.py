@@ -100,30 +100,28 @@ MODELS = {
 
 def loop(model, interval, read, tokens, initial):
     gates, network, bias, retention, _ = MODELS[model]
-    batch, time, heads, _ = tokens["q"].shape
-    outputs, finals = [], []
-    for row in range(batch):
-        for head in range(heads):
-            a = begun = [w[head] for w in initial]
-            s = [0 * w for w in a]
-            for t in range(time):
-                token = {name: x[row, t, head] for name, x in tokens.items()}
 
-                def loss(w, token=token):
-                    return bias(network(w, token["k"]) - token["v"], token["threshold"])
+    def token(carry, x):
+        a, s, begun = carry
 
-                gradient = jax.grad(loss)([retention(w) for w in begun])
-                eta = token["momentum"] if "momentum" in gates else 0.0
-                keep = token["decay"] if "decay" in gates else 1.0
-                s = [eta * s - token["step"] * g for s, g in zip(s, gradient, strict=True)]
-                a = [keep * a + s for a, s in zip(a, s, strict=True)]
-                if t % interval == interval - 1:
-                    begun = a
-                outputs.append(network([retention(w) for w in (a if read == "after_token" else begun)], token["q"]))
-            finals.append((a, s if "momentum" in gates else None, begun if interval > 1 else None))
-    outputs = jnp.stack(outputs).reshape(batch, heads, time, -1).swapaxes(1, 2)
-    stack = lambda *x: jnp.stack(x).reshape(batch, heads, *x[0].shape)  # noqa: E731
-    return outputs, jax.tree.map(stack, *finals)
+        def loss(w):
+            return bias(network(w, x["k"]) - x["v"], x["threshold"])
+
+        gradient = jax.grad(loss)([retention(w) for w in begun])
+        eta = x["momentum"] if "momentum" in gates else 0.0
+        keep = x["decay"] if "decay" in gates else 1.0
+        s = [eta * s - x["step"] * g for s, g in zip(s, gradient, strict=True)]
+        a = [keep * a + s for a, s in zip(a, s, strict=True)]
+        begun = [jnp.where(x["t"] % interval == interval - 1, a, b) for a, b in zip(a, begun, strict=True)]
+        return (a, s, begun), network([retention(w) for w in (a if read == "after_token" else begun)], x["q"])
+
+    def memory(tokens, initial):
+        a = list(initial)
+        (a, s, begun), outputs = jax.lax.scan(token, (a, [0 * w for w in a], a), tokens)
+        return outputs, (a, s if "momentum" in gates else None, begun if interval > 1 else None)
+
+    tokens = tokens | {"t": jnp.broadcast_to(jnp.arange(tokens["q"].shape[1])[:, None], tokens["step"].shape)}
+    return jax.vmap(jax.vmap(memory, (1, 0), (1, 0)), (0, None))(tokens, initial)
 
 
 def ours(model, interval, read, tokens, initial, **options):
