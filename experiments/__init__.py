@@ -16,6 +16,7 @@ __all__: list[str] = ["EXPERIMENTS", "ExperimentError", "__version__", "check_po
 EXPERIMENTS: tuple[str, ...] = (
     "aaren_classification",
     "aaren_recall",
+    "benchmark_neural_memory",
     "benchmark_prefix_scan",
     "benchmark_recurrences",
     "byte_language_models",

@@ -33,6 +33,18 @@ from primitives.feature_maps import (
 from primitives.flow_attention import FlowAttentionState, causal_flow_attention, flow_attention
 from primitives.linear_attention import LinearAttentionState, linear_attention
 from primitives.linear_recurrence import LinearRecurrenceState, linear_recurrence
+from primitives.neural_memory import (
+    NeuralMemoryState,
+    huber_error,
+    keep,
+    linear_memory,
+    mlp_memory,
+    neural_memory,
+    power_error,
+    power_norm,
+    softmax_retention,
+    squared_error,
+)
 from primitives.normalised_linear_attention import normalised_linear_attention
 from primitives.positions import alibi_bias, alibi_slopes, angles, lrpe, relative_shift, rotary, xpos
 from primitives.prefix_scan import PrefixState, prefix_scan_attention
@@ -57,6 +69,7 @@ __all__ = [
     "FlowAttentionState",
     "LinearAttentionState",
     "LinearRecurrenceState",
+    "NeuralMemoryState",
     "NormaliserState",
     "PrefixState",
     "SelectiveScanState",
@@ -78,18 +91,25 @@ __all__ = [
     "flow_attention",
     "gated_rnn_system",
     "grow_attention_state",
+    "huber_error",
     "init_attention_state",
+    "keep",
     "linear_attention",
     "linear_attention_system",
+    "linear_memory",
     "linear_recurrence",
     "lrpe",
     "lru_decay",
     "lru_normaliser",
+    "mlp_memory",
+    "neural_memory",
     "normalised_exponential",
     "normalised_linear_attention",
     "normalised_system",
     "orthogonal_projection",
     "positive_random_features",
+    "power_error",
+    "power_norm",
     "prefix_scan_attention",
     "relative_shift",
     "relu",
@@ -102,6 +122,8 @@ __all__ = [
     "sigmoid_attention",
     "sliding_window_attention",
     "softmax_attention_system",
+    "softmax_retention",
+    "squared_error",
     "ssd",
     "ssd_system",
     "state_space_bank",

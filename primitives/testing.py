@@ -32,7 +32,8 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.4e-2, "float16": 3
 class Mixer(NamedTuple):
     """What the laws have to know about a causal mixer ``function(**inputs, state, segment_ids, implementation)``.
 
-    `axes` names the axes of each input (``"batch time heads dim"``), `state_axes` those of each field of the state.
+    `axes` names the axes of each input (``"batch time heads dim"``), `state_axes` those of each field of the state: a
+    string, or a tree of strings where the field is a tree.
     `transforms` make valid inputs from normal noise, `extremes` make the extreme inputs of law 7 from valid ones.
     `initial_state` makes the fresh state of a given capacity, for mixers whose state is a cache. `default` names the
     implementation that `None` stands for here, if it is always the same: there is no need to run both.
@@ -40,7 +41,7 @@ class Mixer(NamedTuple):
 
     function: Callable[..., tuple[Any, Any]]
     axes: Mapping[str, str]
-    state_axes: tuple[str, ...]
+    state_axes: tuple[Any, ...]
     implementations: tuple[str, ...]
     default: str | None = None
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
@@ -510,8 +511,9 @@ def check_padding_only(mixer: Mixer, implementation: str | None) -> None:
         ids = jnp.full((SIZES["batch"], 3), -1, jnp.int32)
         outputs, final = _forward(mixer, implementation)(inputs, state, ids)
         assert not jnp.any(outputs), "outputs at padding are not zero"
-        for field, before, after in zip(state._fields, state, final, strict=True):
-            assert np.array_equal(before, after), f"padding changes state.{field}"
+        pairs = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(final), strict=True)
+        for (path, before), after in pairs:
+            assert np.array_equal(before, after), f"padding changes state{jax.tree_util.keystr(path)}"
 
 
 def check_extreme(mixer: Mixer, case: Case, extreme: str) -> None:
@@ -609,7 +611,7 @@ def check_explicit_mesh(mixer: Mixer, implementation: str | None, carried: bool)
 
 
 def _check_sharded(mixer, implementation, carried, axis_type, wrap):
-    every_axis = {axis for axes in (*mixer.axes.values(), *mixer.state_axes) for axis in axes.split()}
+    every_axis = {axis for axes in jax.tree.leaves((mixer.axes, mixer.state_axes)) for axis in axes.split()}
     heads = {axis for axis in every_axis if axis.endswith(("head", "heads"))} or {"dim"}
     sizes, mesh_axes = dict.fromkeys({"batch", *heads}, 4), dict.fromkeys(heads, "heads") | {"batch": "batch"}
     mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("batch", "heads"), axis_types=(axis_type,) * 2)
@@ -621,7 +623,7 @@ def _check_sharded(mixer, implementation, carried, axis_type, wrap):
     ids = jnp.asarray(segment_ids_for("packed", 70, batch=4))
     state = _fresh_state(mixer, before, 83)
     forward = _forward(mixer, "sequential")
-    state_specs = type(jax.eval_shape(forward, before, state, None)[1])(*map(spec, mixer.state_axes))
+    state_specs = type(jax.eval_shape(forward, before, state, None)[1])(*jax.tree.map(spec, mixer.state_axes))
     state = forward(before, state, None)[1] if carried else state
     in_specs = ({name: spec(axes) for name, axes in mixer.axes.items()}, state and state_specs, spec("batch"))
     out_specs = (spec(f"batch time {min(heads)}"), state_specs)
@@ -711,8 +713,12 @@ def check_refusals(mixer: Mixer) -> None:
     refuses(ValueError, "implementation", implementation="quickest")
     refuses(TypeError, "state", state=(1, 2, 3))
     refuses(TypeError, "segment_ids", segment_ids=ids.astype(jnp.uint32))
-    for field, array in zip(state._fields, state, strict=True):
-        refuses(ValueError, f"state.{field}", state=state._replace(**{field: array[:1]}))
-        wrong = jnp.zeros_like(array, jnp.int32 if jnp.iscomplexobj(array) else jnp.complex64)
-        refuses(TypeError, f"state.{field}", state=state._replace(**{field: wrong}))
-        refuses(TypeError, f"state.{field}", state=state._replace(**{field: None}))
+
+    def wrong(array):
+        return jnp.zeros_like(array, jnp.int32 if jnp.iscomplexobj(array) else jnp.complex64)
+
+    for field, tree in state._asdict().items():
+        if tree is not None:
+            refuses(ValueError, f"state.{field}", state=state._replace(**{field: jax.tree.map(lambda x: x[:1], tree)}))
+            refuses(TypeError, f"state.{field}", state=state._replace(**{field: jax.tree.map(wrong, tree)}))
+            refuses(TypeError, f"state.{field}", state=state._replace(**{field: None}))

@@ -19,9 +19,15 @@ from primitives import (
     contract,
     decays,
     delta_rule,
+    huber_error,
     init_attention_state,
     linear_attention,
+    linear_memory,
     linear_recurrence,
+    mlp_memory,
+    neural_memory,
+    power_error,
+    power_norm,
     prefix_scan,
     prefix_scan_attention,
     selective_scan,
@@ -29,6 +35,7 @@ from primitives import (
     sigmoid_attention,
     sliding_window,
     sliding_window_attention,
+    softmax_retention,
     testing,
 )
 from primitives.testing import Case, Mixer
@@ -120,6 +127,60 @@ def _attention(function, heads, **parameters):
     )
 
 
+MLP = {"w_in": "heads dim hidden", "w_out": "heads hidden dim"}
+residual_mlp = partial(mlp_memory, activation=jax.nn.gelu, residual=True)
+
+
+def _test_time_memory(weights, gates=("decay",), queries="heads", **options):
+    """A mixer whose state is the weights of a network, with those that documents start with as inputs."""
+    one = len(weights) == 1
+
+    def function(**arguments):
+        trees = {name: arguments.pop(name) for name in weights}
+        return neural_memory(**arguments, initial_weights=trees["w"] if one else trees, **options)
+
+    def change(**changes):
+        return lambda x: {name: changes.get(name, lambda array: array)(array) for name, array in x.items()}
+
+    axes = {name: f"batch {axes}" for name, axes in weights.items()}
+    axes = axes["w"] if one else axes
+    return Mixer(
+        function,
+        axes={"q": f"batch time {queries} dim", "k": "batch time heads dim", "v": "batch time heads dim"}
+        | dict.fromkeys(("step", *gates), "batch time heads")
+        | weights,
+        state_axes=(
+            axes,
+            axes if "momentum" in gates else None,
+            axes if options.get("update_interval", 1) > 1 else None,
+            "batch",
+            "batch",
+        ),
+        implementations=("sequential", "chunked"),
+        default="chunked",
+        sizes={"hidden": 8, "two_heads_each": 4},
+        transforms={
+            "k": lambda noise: noise / np.linalg.norm(noise, axis=-1, keepdims=True),
+            "step": lambda noise: 0.1 * _sigmoid(noise),
+            "decay": lambda noise: 1 - 0.3 * _sigmoid(noise),
+            "momentum": lambda noise: 0.8 * _sigmoid(noise),
+            "threshold": _softplus,
+        }
+        | dict.fromkeys(weights, lambda noise: noise / 2),
+        extremes={
+            "forgetting everything": change(decay=np.zeros_like),
+            "forgetting nothing": change(decay=np.ones_like, step=lambda x: x / 8),
+            "forgetting now and then": change(
+                decay=lambda x: np.round(np.sin(1e6 * x) < 0.7), momentum=lambda x: np.round(np.sin(1e6 * x) < 0.7) / 2
+            ),
+            "no steps": change(step=np.zeros_like),
+            "no keys": change(k=np.zeros_like),
+            "one key": change(k=lambda k: np.broadcast_to(k[:, :1], k.shape)),
+            "all equal": change(**dict.fromkeys("qkv", lambda x: np.full_like(x, 0.25))),
+        },
+    )
+
+
 # A mixer, or several variants of one by name.
 MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
     "prefix_scan_attention": Mixer(
@@ -175,6 +236,28 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
     ),
     "linear_attention": _with_decays(linear_attention),
     "delta_rule": _with_decays(delta_rule, beta=lambda noise: 2 / (1 + np.exp(-noise))),
+    "neural_memory": {
+        "recurrence": _test_time_memory(MLP, ("decay", "momentum"), apply=residual_mlp),
+        "interval": _test_time_memory(
+            MLP, ("decay", "momentum"), queries="two_heads_each", apply=mlp_memory, update_interval=8
+        ),
+        "whole intervals": _test_time_memory(
+            MLP, ("decay", "momentum"), apply=residual_mlp, update_interval=24, read="after_interval"
+        ),
+        "without dot": _test_time_memory(
+            MLP, apply=lambda weights, keys: mlp_memory(weights, keys), update_interval=5, read="after_interval"
+        ),
+        "delta rule": _test_time_memory({"w": "heads dim dim"}, (), queries="two_heads_each", apply=linear_memory),
+        "Moneta": _test_time_memory(
+            MLP, apply=residual_mlp, loss=power_error(3), retention=power_norm(4), update_interval=4
+        ),
+        "Yaad": _test_time_memory(
+            MLP, ("decay", "threshold"), apply=residual_mlp, loss=huber_error, update_interval=16
+        ),
+        "Memora": _test_time_memory(
+            MLP, apply=mlp_memory, retention=softmax_retention(4.0), update_interval=16, read="after_interval"
+        ),
+    },
     "short_convolution": Mixer(
         short_convolution,
         axes={"x": "batch time dim", "weight": "width dim", "bias": "dim"},
