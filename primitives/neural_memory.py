@@ -327,7 +327,7 @@ def _fresh_state(k, momentum, initial, segment_ids, rule, dtype):
         weights,
         None if momentum is None else jax.tree.map(lambda x: contract.fresh_like(x, 0), weights),
         None if rule.update_interval == 1 else weights,
-        contract.fresh_like(k[:, 0, 0, 0], 0, jnp.int32),
+        contract.fresh_counter(segment_ids, k.shape[0]),
         contract.fresh_counter(segment_ids, k.shape[0]),
     )
 

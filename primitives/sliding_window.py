@@ -6,6 +6,7 @@ attention to a window. Padding is left out, as in `short_convolution`: a window 
 they are.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ def sliding_window_attention(
     v: Float[Array, "batch time value_heads value_dim"],
     *,
     window: int,
+    prefix: tuple[Float[Array, "prefix key_heads key_dim"], Float[Array, "prefix value_heads value_dim"]] | None = None,
     state: SlidingWindowState | None = None,
     scale: float | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
@@ -47,12 +49,16 @@ def sliding_window_attention(
         s_tj = scale · ⟨q_t, k_j⟩
         o_t = Σ_{t−window<j≤t} exp(s_tj − m_t) v_j / Σ_{t−window<j≤t} exp(s_tj − m_t),  m_t = max_j s_tj
 
+    With a `prefix` both sums also run over its keys and values: the persistent tokens of Titans (arXiv:2501.00663),
+    attention sinks (arXiv:2309.17453).
+
     Args:
         q: Queries. A group of ``heads / key_heads`` neighbouring heads shares a head of keys, one of
             ``heads / value_heads`` a head of values.
         k: Keys.
         v: Values, in a multiple of the key heads.
         window: How many tokens a token sees, itself included.
+        prefix: Keys and values, no part of the state, that every token of every document sees beside its window.
         state: The last tokens of what came before, or `None` for a fresh start.
         scale: Of the products; ``1 / √key_dim`` where `None`.
         segment_ids: Documents packed in a row; attention does not cross a change of id. Negative ids are padding, with
@@ -68,15 +74,21 @@ def sliding_window_attention(
     Raises:
         ValueError: Shapes that do not fit together, a window or a length of zero, an unknown implementation, or
             ``"banded"`` for a symbolic length.
-        TypeError: Dtypes that are not floating point (q, k, v) or not integer (segment ids), a foreign state.
+        TypeError: Dtypes that are not floating point (q, k, v, prefix) or not integer (segment ids), a foreign state, a
+            prefix that is no pair.
     """
     fields = {"keys": "batch past key_heads key_dim", "values": "batch past value_heads value_dim"}
     fields = contract.check_state(state, SlidingWindowState, **fields, position="batch", segment="batch")
     cache = {name: fields.pop(f"state.{name}")[0] for name in ("keys", "values")}
+    if not (prefix is None or (isinstance(prefix, tuple | list) and len(prefix) == 2)):
+        raise TypeError(f"prefix: expected None or a pair of keys and values, got {type(prefix).__name__}")
+    pair = dict(zip(("prefix_keys", "prefix_values"), prefix or (), strict=False))
     sizes = contract.check_shapes(
         q=(q, "batch time heads key_dim"),
         k=(k, "batch time key_heads key_dim"),
         v=(v, "batch time value_heads value_dim"),
+        prefix_keys=(pair.get("prefix_keys"), "prefix key_heads key_dim"),
+        prefix_values=(pair.get("prefix_values"), "prefix value_heads value_dim"),
         segment_ids=(segment_ids, "batch time"),
         **fields,
     )
@@ -87,22 +99,24 @@ def sliding_window_attention(
         shape = (sizes["batch"], window - 1, *tokens.shape[2:])
         if cache[name] is not None and cache[name].shape != shape:
             raise ValueError(f"state.{name}: expected shape {shape}, got {cache[name].shape}")
-    contract.check_floating(q=q, k=k, v=v)
+    contract.check_floating(q=q, k=k, v=v, **pair)
     contract.check_segment_ids(segment_ids)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
 
-    dtype = contract.accumulation_dtype(q, k, v, *(() if state is None else (state.keys, state.values)))
+    dtype = contract.accumulation_dtype(q, k, v, *pair.values(), *(() if state is None else state[:2]))
     state = _fresh_state(k, v, segment_ids, window - 1) if state is None else state
     state = state._replace(keys=state.keys.astype(dtype), values=state.values.astype(dtype))
     segments = contract.segments(segment_ids, state.segment)
     tokens = tuple(contract.mask_padding(x, segments.valid).astype(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    always = tuple(_for_rows(x.astype(dtype), rows) for x, rows in zip(pair.values(), tokens[1:], strict=False))
+    attention = functools.partial(_attend, prefix=always, scale=scale)
     if q.shape[1] == 1:
         run = _step
     else:
         sequential = implementation == "sequential" or (implementation is None and not isinstance(q.shape[1], int))
         run = _sequential if sequential else _banded
-    outputs, state = run(*tokens, state, segments, scale)
+    outputs, state = run(*tokens, state, segments, attention)
     return contract.mask_padding(outputs, segments.valid).astype(v.dtype), state._replace(segment=segments.last)
 
 
@@ -114,7 +128,21 @@ def _fresh_state(k, v, segment_ids, past):
     return SlidingWindowState(zeros(k), zeros(v), counter, counter)
 
 
-def _step(q, k, v, state, segments, scale):
+def _for_rows(prefix, tokens):
+    """The prefix for each row, sharded as rows are."""
+    return prefix + contract.fresh_like(tokens[:, :1], 0)
+
+
+def _attend(q, keys, values, visible, *, prefix, scale):
+    """To the visible ones and to the prefix."""
+    if prefix:
+        always = jnp.broadcast_to(contract.fresh_like(visible[..., :1], True), (*visible.shape[:2], prefix[0].shape[1]))
+        visible = jnp.concatenate([always, visible], axis=-1)
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, (keys, values), strict=True))
+    return attend(q, keys, values, visible, scale, softmax)
+
+
+def _step(q, k, v, state, segments, attention):
     valid, reset, _ = segments
     if reset is not None:
         position = jnp.where(reset[:, 0], 0, state.position)
@@ -124,7 +152,7 @@ def _step(q, k, v, state, segments, scale):
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
     past = keys.shape[1] - 1
     visible = jnp.arange(past + 1) >= past - position[:, None]
-    outputs = attend(q, keys, values, visible[:, None], scale, softmax)
+    outputs = attention(q, keys, values, visible[:, None])
     after = state._replace(keys=keys[:, 1:], values=values[:, 1:], position=position + 1)
     return outputs, after if valid is None else _select(valid[:, 0], after, state)
 
@@ -133,10 +161,10 @@ def _select(rows, after, before):
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), after, before)
 
 
-def _sequential(q, k, v, state, segments, scale):
+def _sequential(q, k, v, state, segments, attention):
     def step(state, token):
         q, k, v, valid, reset = jax.tree.map(lambda x: x[:, None], token)
-        outputs, state = _step(q, k, v, state, segments._replace(valid=valid, reset=reset), scale)
+        outputs, state = _step(q, k, v, state, segments._replace(valid=valid, reset=reset), attention)
         return state, outputs[:, 0]
 
     tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, segments.valid, segments.reset))
@@ -144,7 +172,7 @@ def _sequential(q, k, v, state, segments, scale):
     return outputs.swapaxes(0, 1), state
 
 
-def _banded(q, k, v, state, segments, scale):
+def _banded(q, k, v, state, segments, attention):
     time, past = q.shape[1], state.keys.shape[1]
     number, first = contract.count_tokens(segments, jnp.zeros_like(state.position), -state.position, time)
     age = number - first  # tokens of the same document before this one
@@ -152,7 +180,7 @@ def _banded(q, k, v, state, segments, scale):
     if segments.valid is not None:
         slot = jnp.where(segments.valid, number, time + jnp.arange(time, dtype=number.dtype))  # none for padding
         q, k, v, age = (_scatter(x, slot) for x in (q, k, v, age))
-    outputs = _attend_blocks(q, k, v, age, state, scale)
+    outputs = _attend_blocks(q, k, v, age, state, attention)
     if segments.valid is not None:
         outputs = _gather(outputs, slot)
 
@@ -166,7 +194,7 @@ def _banded(q, k, v, state, segments, scale):
     return outputs, state._replace(keys=last(state.keys, k), values=last(state.values, v), position=position)
 
 
-def _attend_blocks(q, k, v, age, state, scale):
+def _attend_blocks(q, k, v, age, state, attention):
     """Queries in blocks of a window, or in one where time is shorter, against `past` tokens more than a block has."""
     time, past = q.shape[1], state.keys.shape[1]
     block = min(time, past + 1)
@@ -174,7 +202,7 @@ def _attend_blocks(q, k, v, age, state, scale):
 
     def attend_block(q, k, v, age):
         visible = (distance >= 0) & (distance <= jnp.minimum(age, past)[..., None])
-        return attend(q, k, v, visible, scale, softmax)
+        return attention(q, k, v, visible)
 
     q, k, v, age = (_blocks(contract.pad_time(x, block, 0), block) for x in (q, k, v, age))
     k, v = _with_past(k, state.keys), _with_past(v, state.values)

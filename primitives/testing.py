@@ -35,8 +35,9 @@ class Mixer(NamedTuple):
     `axes` names the axes of each input (``"batch time heads dim"``), `state_axes` those of each field of the state: a
     string, or a tree of strings where the field is a tree.
     `transforms` make valid inputs from normal noise, `extremes` make the extreme inputs of law 7 from valid ones.
-    `initial_state` makes the fresh state of a given capacity, for mixers whose state is a cache. `default` names the
-    implementation that `None` stands for here, if it is always the same: there is no need to run both.
+    `initial_state` makes the fresh state of a given capacity, for mixers whose state is a cache. `starts_from_inputs`:
+    documents start from inputs that have no time, so that gradients of these pass through `None` for a state. `default`
+    names the implementation that `None` stands for here, if it is always the same: there is no need to run both.
     """
 
     function: Callable[..., tuple[Any, Any]]
@@ -46,6 +47,7 @@ class Mixer(NamedTuple):
     default: str | None = None
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {}
     extremes: Mapping[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {}
+    starts_from_inputs: bool = False
     initial_state: Callable[[dict[str, Any], int], Any] | None = None
     sizes: Mapping[str, int] = {}
 
@@ -261,6 +263,8 @@ def _has_state(mixer, case):
 
 def _state_for(mixer, case, dtype):
     """The state that a case begins with, computed in its dtype; of one capacity where time is padded to one length."""
+    if mixer.starts_from_inputs and not case.carried:
+        return None
     state = (carried_state_for if case.carried else fresh_state_for)(mixer, case.dtype, max(case.time, Case().time) + 8)
     return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else _widen(x, dtype), state)
 
@@ -268,7 +272,8 @@ def _state_for(mixer, case, dtype):
 def _state_and_ids(mixer, case, dtype):
     """The state and the segment ids of a case, also where it has none: those of the document that goes on."""
     state, ids = _state_for(mixer, case, dtype), segment_ids_for(case.layout, case.time)
-    return state, np.repeat(state.segment[:, None], case.time, axis=1) if ids is None else ids
+    segment = np.zeros(SIZES["batch"], np.int32) if state is None else state.segment
+    return state, np.repeat(segment[:, None], case.time, axis=1) if ids is None else ids
 
 
 def _widened(mixer, case, result):
@@ -443,6 +448,9 @@ def _steps(mixer, function, inputs, state, segment_ids):
         outputs, state = function(**_time(mixer, inputs, at), state=state, segment_ids=ids)
         return state, outputs[:, 0]
 
+    if state is None:
+        padding = jnp.full((SIZES["batch"], 1), -1, jnp.int32)
+        _, state = function(**_time(mixer, inputs, lambda x: x[:, :1]), segment_ids=padding)
     state, outputs = jax.lax.scan(step, state, jnp.arange(inputs[_timed(mixer)[0]].shape[1]))
     return outputs.swapaxes(0, 1), state
 

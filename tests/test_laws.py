@@ -26,8 +26,6 @@ from primitives import (
     linear_recurrence,
     mlp_memory,
     neural_memory,
-    power_error,
-    power_norm,
     prefix_scan,
     prefix_scan_attention,
     selective_scan,
@@ -35,7 +33,6 @@ from primitives import (
     sigmoid_attention,
     sliding_window,
     sliding_window_attention,
-    softmax_retention,
     testing,
 )
 from primitives.testing import Case, Mixer
@@ -127,8 +124,26 @@ def _attention(function, heads, **parameters):
     )
 
 
+def _windowed(function):
+    """A mixer whose cache rolls."""
+    return _attention(partial(function, window=8), {"key_heads": 1, "value_heads": 2})._replace(
+        state_axes=("batch past key_heads dim", "batch past value_heads value_dim", "batch", "batch"),
+        implementations=sliding_window.IMPLEMENTATIONS,
+        default="banded",
+        initial_state=None,
+    )
+
+
+def _with_prefix():
+    def function(prefix_keys, prefix_values, **arguments):
+        return sliding_window_attention(prefix=(prefix_keys, prefix_values), **arguments)
+
+    mixer = _windowed(function)
+    axes = {"prefix_keys": "prefix key_heads dim", "prefix_values": "prefix value_heads value_dim"}
+    return mixer._replace(axes=mixer.axes | axes, sizes=mixer.sizes | {"prefix": 3})
+
+
 MLP = {"w_in": "heads dim hidden", "w_out": "heads hidden dim"}
-residual_mlp = partial(mlp_memory, activation=jax.nn.gelu, residual=True)
 
 
 def _test_time_memory(weights, gates=("decay",), queries="heads", **options):
@@ -158,7 +173,8 @@ def _test_time_memory(weights, gates=("decay",), queries="heads", **options):
         ),
         implementations=("sequential", "chunked"),
         default="chunked",
-        sizes={"hidden": 8, "two_heads_each": 4},
+        starts_from_inputs=True,
+        sizes={"hidden": 8, "query_heads": 4},
         transforms={
             "k": lambda noise: noise / np.linalg.norm(noise, axis=-1, keepdims=True),
             "step": lambda noise: 0.1 * _sigmoid(noise),
@@ -207,14 +223,7 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
             sigmoid_attention, {"key_heads": 2, "value_heads": 2}, bias=lambda noise: noise - np.log(131)
         ),
     },
-    "sliding_window_attention": _attention(
-        partial(sliding_window_attention, window=8), {"key_heads": 1, "value_heads": 2}
-    )._replace(
-        state_axes=("batch past key_heads dim", "batch past value_heads value_dim", "batch", "batch"),
-        implementations=sliding_window.IMPLEMENTATIONS,
-        default="banded",
-        initial_state=None,
-    ),
+    "sliding_window_attention": {"window": _windowed(sliding_window_attention), "prefix": _with_prefix()},
     "causal_flow_attention": Mixer(
         causal_flow_attention,
         axes={"q": "batch time heads dim", "k": "batch time heads dim", "v": "batch time heads value_dim"},
@@ -237,26 +246,19 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
     "linear_attention": _with_decays(linear_attention),
     "delta_rule": _with_decays(delta_rule, beta=lambda noise: 2 / (1 + np.exp(-noise))),
     "neural_memory": {
-        "recurrence": _test_time_memory(MLP, ("decay", "momentum"), apply=residual_mlp),
-        "interval": _test_time_memory(
-            MLP, ("decay", "momentum"), queries="two_heads_each", apply=mlp_memory, update_interval=8
+        "Titans": _test_time_memory(
+            MLP, ("decay", "momentum"), queries="query_heads", apply=mlp_memory, update_interval=8
         ),
-        "whole intervals": _test_time_memory(
-            MLP, ("decay", "momentum"), apply=residual_mlp, update_interval=24, read="after_interval"
+        "token by token": _test_time_memory(MLP, ("decay", "momentum"), apply=mlp_memory),
+        "Huber, without dot": _test_time_memory(
+            MLP,
+            ("decay", "momentum", "threshold"),
+            apply=lambda weights, keys: mlp_memory(weights, keys),
+            loss=huber_error,
+            update_interval=24,
+            read="after_interval",
         ),
-        "without dot": _test_time_memory(
-            MLP, apply=lambda weights, keys: mlp_memory(weights, keys), update_interval=5, read="after_interval"
-        ),
-        "delta rule": _test_time_memory({"w": "heads dim dim"}, (), queries="two_heads_each", apply=linear_memory),
-        "Moneta": _test_time_memory(
-            MLP, apply=residual_mlp, loss=power_error(3), retention=power_norm(4), update_interval=4
-        ),
-        "Yaad": _test_time_memory(
-            MLP, ("decay", "threshold"), apply=residual_mlp, loss=huber_error, update_interval=16
-        ),
-        "Memora": _test_time_memory(
-            MLP, apply=mlp_memory, retention=softmax_retention(4.0), update_interval=16, read="after_interval"
-        ),
+        "delta rule": _test_time_memory({"w": "heads dim dim"}, (), queries="query_heads", apply=linear_memory),
     },
     "short_convolution": Mixer(
         short_convolution,

@@ -20,7 +20,7 @@ def inputs_for(time, batch=2, heads=4, key_heads=1, value_heads=2, dim=4, value_
     return tuple(jnp.asarray(generator.normal(size=(batch, time, *shape)), dtype) for shape in shapes)
 
 
-def definition(q, k, v, window, ids):
+def definition(q, k, v, window, ids, prefix=None):
     """A loop over rows, documents, tokens and heads, in numpy."""
     outputs = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, row in enumerate(ids):
@@ -30,9 +30,13 @@ def definition(q, k, v, window, ids):
                 seen = run[max(0, place - window + 1) : place + 1]
                 for h in range(q.shape[2]):
                     key, value = (h // (q.shape[2] // x.shape[2]) for x in (k, v))
-                    s = k[b, seen, key] @ q[b, t, h] / np.sqrt(q.shape[-1])
+                    keys, values = k[b, seen, key], v[b, seen, value]
+                    if prefix is not None:
+                        keys = np.concatenate([prefix[0][:, key], keys])
+                        values = np.concatenate([prefix[1][:, value], values])
+                    s = keys @ q[b, t, h] / np.sqrt(q.shape[-1])
                     p = np.exp(s - s.max())
-                    outputs[b, t, h] = p @ v[b, seen, value] / p.sum()
+                    outputs[b, t, h] = p @ values / p.sum()
     return outputs
 
 
@@ -85,6 +89,42 @@ def test_a_window_of_one_is_the_token_itself():
     assert state.keys.shape == (2, 0, 1, 4)
     step, _ = sliding_window_attention(q[:, :1], k[:, :1], v[:, :1], window=1, state=state)
     chex.assert_trees_all_close(step, outputs[:, :1])
+
+
+def prefix_for(count=3, key_heads=1, value_heads=2, dim=4, value_dim=3):
+    generator = np.random.default_rng(1)
+    shapes = (count, key_heads, dim), (count, value_heads, value_dim)
+    return tuple(jnp.asarray(2 * generator.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_prefix_is_seen_by_every_token(implementation):
+    """In every document, as far from its beginning as may be, and it is no part of the state."""
+    q, k, v = inputs_for(11)
+    prefix, options = prefix_for(), {"window": 3, "implementation": implementation}
+    ids = jnp.asarray([[0] * 9 + [-1] + [0], [-1, 0, 1, 1, 1, 1, 1, -1, -1, 2, 2]])
+    outputs, state = jitted(q, k, v, prefix=prefix, segment_ids=ids, **options)
+    wide = (np.asarray(x, np.float64) for x in (q, k, v))
+    expected = definition(*wide, 3, np.asarray(ids), [np.asarray(x, np.float64) for x in prefix])
+    np.testing.assert_allclose(outputs, expected, atol=2e-6)
+    without, same = jitted(q, k, v, segment_ids=ids, **options)
+    chex.assert_trees_all_equal(state, same)
+    assert jnp.max(jnp.abs(outputs - without)) > 0.1
+
+
+def test_refused_prefixes():
+    q, k, v = inputs_for(4)
+    keys, values = prefix_for()
+    for prefix, error, message in (
+        (keys, TypeError, "prefix: expected None or a pair of keys and values, got"),
+        ((keys,), TypeError, "prefix: expected None or a pair of keys and values, got tuple"),
+        ((keys, values[:2]), ValueError, r"prefix_values: expected shape \[prefix=3, value_heads=2, value_dim=3\]"),
+        ((keys[:, :, :3], values), ValueError, r"prefix_keys: expected shape \[prefix, key_heads=1, key_dim=4\]"),
+        ((keys[:0], values[:0]), ValueError, "prefix_keys: expected at least one element along prefix"),
+        ((keys.astype(int), values), TypeError, "prefix_keys: expected a floating point dtype"),
+    ):
+        with pytest.raises(error, match=message):
+            sliding_window_attention(q, k, v, window=3, prefix=prefix)
 
 
 def test_work_is_linear_in_time():
