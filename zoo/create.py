@@ -26,6 +26,7 @@ from zoo.token_mixers import (
     mamba,
     mamba2,
     minimal_rnns,
+    miras,
     mixture_of_head_attention,
     rat,
     recurrent_networks,
@@ -34,8 +35,10 @@ from zoo.token_mixers import (
     s5,
     sigma,
     sigmoid_attention,
+    titans,
     transformer,
     transnormer_llm,
+    ttt,
 )
 
 
@@ -67,9 +70,15 @@ MIXERS: dict[str, MixerConfig] = {  # for patterns
     "lstm": recurrent_networks.LSTMConfig(),
     "mamba": mamba.MambaConfig(),
     "mamba2": mamba2.Mamba2Config(),
+    "memora": miras.MEMORA,
+    "memory": titans.MemoryConfig(),
+    "memory_as_context": titans.MemoryAsContextConfig(),
+    "memory_as_gate": titans.MemoryAsGateConfig(),
+    "memory_as_layer": titans.MemoryAsLayerConfig(),
     "min_gru": minimal_rnns.MinGRUConfig(),
     "min_lstm": minimal_rnns.MinLSTMConfig(),
     "moh": mixture_of_head_attention.MixtureOfHeadAttentionConfig(),
+    "moneta": miras.MONETA,
     "rat": rat.RATConfig(),
     "retention": retnet.RetentionConfig(),
     "s4d": s4d.S4DConfig(),
@@ -78,7 +87,10 @@ MIXERS: dict[str, MixerConfig] = {  # for patterns
     "taylor": based.TaylorAttentionConfig(),
     "transnormer": transnormer_llm.TransNormerConfig(),
     "transnormer_lrpe": transnormer_llm.TransNormerConfig(lrpe=True),
+    "ttt_linear": ttt.TTT_LINEAR,
+    "ttt_mlp": ttt.TTT_MLP,
     "window": based.WindowAttentionConfig(),
+    "yaad": miras.YAAD,
 }
 STACKS: dict[str, Mapping[str, StackConfig]] = {
     "aaren": aaren.PRESETS,
@@ -106,7 +118,10 @@ STACKS: dict[str, Mapping[str, StackConfig]] = {
     "transformer": transformer.PRESETS,
     "transnormer_llm": transnormer_llm.PRESETS,
     **minimal_rnns.PRESETS,
+    **miras.PRESETS,
     **recurrent_networks.PRESETS,
+    **titans.PRESETS,
+    **ttt.PRESETS,
 }
 HEADS = {"": Stack, "_classifier": Classifier, "_forecaster": Forecaster, "_language_model": LanguageModel}
 MODELS = {stack + head: Entry(build, STACKS[stack]) for stack in STACKS for head, build in HEADS.items()}

@@ -170,6 +170,12 @@ def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(contract.accumulation_dtype(x))
 
 
+def unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Vectors of norm one, or a little less, float32 or wider: ``x / √(Σ x² + 1e-6)``."""
+    x = widen(x)
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
 def simple_rms_norm(x: Float[Array, "*shape"], epsilon: float = 1e-6) -> Float[Array, "*shape"]:
     """``x / √(mean(x²) + ε)`` over the last axis: a root mean square norm without weights."""
     wide = widen(x)

@@ -305,6 +305,36 @@ PAPERS = (
         models=("hgrn",),
         experiments=("mqar", "byte_language_models"),
     ),
+    Paper(
+        title="Titans: Learning to Memorize at Test Time",
+        authors="Behrouz, Zhong, Mirrokni",
+        year=2025,
+        arxiv="2501.00663",
+        file="zoo/token_mixers/titans.py",
+        implements="a memory that learns as it reads: alone (LMM), and as context (MAC), gate (MAG), layer (MAL)",
+        models=("titans_lmm", "titans_mac", "titans_mag", "titans_mal"),
+        experiments=("needle_in_a_haystack", "memory_ablations", "forecasting", "byte_language_models"),
+    ),
+    Paper(
+        title="It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and Online Optimization",  # noqa: E501
+        authors="Behrouz, Razaviyayn, Zhong, Mirrokni",
+        year=2025,
+        arxiv="2504.13173",
+        file="zoo/token_mixers/miras.py",
+        implements="Miras: Moneta, Yaad, Memora",
+        models=("moneta", "yaad", "memora"),
+        experiments=("needle_in_a_haystack", "memory_ablations", "forecasting", "byte_language_models"),
+    ),
+    Paper(
+        title="Learning to (Learn at Test Time): RNNs with Expressive Hidden States",
+        authors="Sun, Li, Dalal, Xu, Vikram, Zhang, Dubois, Chen, Wang, Koyejo, Hashimoto, Guestrin",
+        year=2024,
+        arxiv="2407.04620",
+        file="zoo/token_mixers/ttt.py",
+        implements="TTT-Linear and TTT-MLP",
+        models=("ttt_linear", "ttt_mlp"),
+        experiments=("needle_in_a_haystack", "byte_language_models"),
+    ),
 )
 
 

@@ -18,11 +18,15 @@ TIME = 12
 IDS = np.asarray([[0] * 5 + [-1] * 2 + [2] * 5, [-1] * 3 + [1] * 9], np.int32)
 SMALL = {  # for the mixers that have these options
     "heads": 2, "head_dim": 8, "feature_dim": 4, "slots": 8, "state_size": 8, "blocks": 2,
-    "window": 4, "chunk": 4,
+    "window": 4, "chunk": 4, "update_interval": 4, "persistent": 2, "expansion": 2,
 }  # fmt: skip
 CASES = {name: (name, {}) for name in MIXERS} | {  # and what presets use, but defaults do not
     "attention rotary": ("attention", {"rotary": True, "kv_heads": 1}),
     "diff_qkv augmented": ("diff_qkv", {"key_dim": 4, "query_hidden": 24}),
+    "depth 1": ("memory", {"depth": 1, "read": "after_interval"}),
+    "depth 3": ("memory", {"depth": 3, "update_interval": 1, "momentum": False, "forgetting": False}),
+    "context": ("memory_as_context", {"depth": 1, "read": "after_interval", "momentum": False, "persistent": 0}),
+    "context token by token": ("memory_as_context", {"update_interval": 1, "forgetting": False}),
     "lightnet tpe": ("lightnet", {"tpe": True, "lrpe": True}),
     "min_gru taps": ("min_gru", {"taps": 4, "expand": 2, "positive": True}),
     "moh": ("moh", {"heads": 4, "shared": 1, "active": 2}),

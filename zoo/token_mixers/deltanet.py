@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from primitives import DeltaRuleState, ShortConvolutionState, contract, delta_rule
-from zoo.layers import LLAMA, MixerConfig, ShortConvolution, StackConfig, merge_heads, split_heads, widen
+from zoo.layers import LLAMA, MixerConfig, ShortConvolution, StackConfig, merge_heads, split_heads, unit, widen
 
 
 class DeltaNetState(NamedTuple):
@@ -74,12 +74,6 @@ class DeltaNet(nnx.Module):
     def gate(self, x, y):
         """What of the outputs passes: all."""
         return y
-
-
-def unit(x):
-    """Vectors of norm one, or a little less."""
-    x = widen(x)
-    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
