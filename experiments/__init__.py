@@ -22,7 +22,10 @@ EXPERIMENTS: tuple[str, ...] = (
     "byte_language_models",
     "compile_language_models",
     "compile_prefix_scan",
+    "forecasting",
+    "memory_ablations",
     "mqar",
+    "needle_in_a_haystack",
 )
 """The modules of this package that are experiments, in the order in which `list` shows them."""
 

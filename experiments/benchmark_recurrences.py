@@ -10,30 +10,26 @@ takes another version of JAX than this one:
 `python -m experiments.publish RESULT.json` puts a result into docs/recurrences.md.
 """
 
-import contextlib
 import dataclasses
 import functools
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from experiments import ExperimentError, check_positive
+from experiments import check_positive
 from experiments.figures import draw_growth, figure
 from experiments.measure import compile_call, measure_growth, temporary_bytes, time_call, with_gradients
+from experiments.peers import check_peer, largest_difference, start_peer, time_in_turn
 from experiments.results import table
 from experiments.trainer import progress
 from primitives import delta_rule, linear_attention, linear_recurrence, selective_scan
 from primitives.testing import row_errors
 
 PEER = ("jax-linear-attention==0.1.0", "jax==0.11.2")
-TOLERANCE = 1e-3  # of the results that are compared before they are timed
 CHUNK = 64  # tokens of a call in the stream
 
 
@@ -101,18 +97,8 @@ PRESETS: dict[str, Config] = {
 
 def check(config: Config) -> None:
     """Refuse a peer that cannot serve before a run is claimed."""
-    if config.peer is None:
-        return
-    names = [requirement.partition("==")[0] for requirement in PEER]
-    script = f"import importlib.metadata as m; print(*(f'{{n}}=={{m.version(n)}}' for n in {names}))"
-    try:
-        command = [config.peer, "-P", "-c", script]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        found = []
-    if found != list(PEER):
-        make = f"python -m venv .venv-peer && .venv-peer/bin/pip install {' '.join(PEER)}"
-        raise ExperimentError(f"--peer {config.peer} has no {' and '.join(PEER)}: {make}")
+    if config.peer is not None:
+        check_peer(config.peer, PEER)
 
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
@@ -273,10 +259,11 @@ def _peer_row(kind, time, config):
     row = {"primitive": name, "log decay": options["decay"], "tokens": time}
     if config.peer is None:
         return row | _milliseconds({"ours": _clocks(programs, inputs)}, config)
-    with _peer_process(config.peer, kind, named) as (clocks, expected):
+    with start_peer(config.peer, Path(__file__).with_name("jla_peer.py"), kind, named) as peer:
         outputs, gradients = programs["both"](*inputs)
         actual = {"outputs": outputs} | dict(zip(named, gradients, strict=True))
-        row |= {"peer": kind, "difference": _agreement(actual, expected, f"{kind} at {time} tokens")}
+        row |= {"peer": kind, "difference": largest_difference(actual, peer.results(), f"{kind} at {time} tokens")}
+        clocks = {program: functools.partial(peer.seconds, program) for program in programs}
         return row | _milliseconds({"ours": _clocks(programs, inputs), "peer": clocks}, config)
 
 
@@ -291,54 +278,14 @@ def _clocks(programs, inputs):
 
 def _milliseconds(sides, config):
     """Of the programs of every side, timed in turn; each that is not ours as a ratio to ours too."""
-    seconds = {}
-    for _ in range(config.rounds):
-        for side, clocks in sides.items():
-            for program, clock in clocks.items():
-                now = clock(repeats=config.repeats)
-                seconds[program, side] = min(now, seconds.get((program, side), now))
+    clocks = {(program, side): clock for side, clocks in sides.items() for program, clock in clocks.items()}
+    seconds = time_in_turn(clocks, rounds=config.rounds, repeats=config.repeats)
     row = {}
     for program in ("forward", "both"):
         row |= {f"{program}, {side} (ms)": 1e3 * seconds[program, side] for side in sides}
         others = [side for side in sides if side != "ours"]
         row |= {f"{program}, {side} / ours": seconds[program, side] / seconds[program, "ours"] for side in others}
     return row
-
-
-def _agreement(actual, expected, what):
-    """The largest error of outputs or gradients in a row; an `ExperimentError` where it is too large."""
-    if jax.tree.structure(actual) != jax.tree.structure(expected):
-        raise ExperimentError(f"{what}: the results are of different kinds")
-    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    error = float(np.max([row_errors(*pair)[0] for pair in pairs]))
-    if not error <= TOLERANCE:
-        raise ExperimentError(f"{what}: expected the same results to {TOLERANCE}, they differ by {error:.2g}")
-    return error
-
-
-@contextlib.contextmanager
-def _peer_process(python: Path, kind: str, inputs: Mapping[str, jax.Array]) -> Iterator[tuple[dict, dict]]:
-    """The peer's clocks, as those of `_clocks`, and its outputs and gradients; one row in a process of its own."""
-    script = Path(__file__).with_name("jla_peer.py")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder, "inputs.npz"), **inputs)
-        # -P: the script's folder holds modules of ours, which are not to stand in for others
-        with subprocess.Popen([python, "-P", script, kind, folder], **pipes) as process:
-
-            def answer():
-                line = process.stdout.readline().strip()
-                if not line:
-                    raise ExperimentError(f"the peer {python} ended without an answer; its error is above")
-                return line
-
-            def seconds(program, *, repeats):
-                print(program, repeats, file=process.stdin, flush=True)
-                return float(answer())
-
-            answer()
-            results = dict(np.load(Path(folder, "results.npz")))
-            yield {name: functools.partial(seconds, name) for name in ("forward", "both")}, results
 
 
 def _show_peer(section):
@@ -371,7 +318,7 @@ def _measure_scans(config):
     rows = []
     for name, plain, *forms, inputs in _each("against plain scans", cases):
         programs = [_programs(form, inputs) for form in forms]
-        difference = _agreement(*(each["both"](*inputs) for each in programs), f"{name} and {plain}")
+        difference = largest_difference(*(each["both"](*inputs) for each in programs), f"{name} and {plain}")
         clocks = [_clocks(each, inputs) for each in programs]
         row = {"primitive": name, "plain": plain, "difference": difference}
         rows.append(row | _milliseconds(dict(zip(("ours", "plain"), clocks, strict=True)), config))

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import ExperimentError
 from experiments import benchmark_recurrences as benchmark
+from experiments.peers import largest_difference
 
 ROOT = Path(__file__).parents[2]
 TINY = {"heads": 2, "dim": 4, "times": (5,), "rounds": 2, "repeats": 1}
@@ -71,7 +72,7 @@ def test_the_plain_forms_equal_the_primitives():
             (benchmark._delta, benchmark._associative_delta, True),
         ):
             inputs = benchmark._attention_inputs(7, config, decay=decay, beta=beta).values()
-            benchmark._agreement(ours(*inputs), plain(*inputs), decay)
+            largest_difference(ours(*inputs), plain(*inputs), decay)
 
 
 def test_a_stream_is_a_multiple_of_its_pieces():

@@ -209,8 +209,9 @@ def memory_as_context(mixer, xs):
 
 CASES = {
     "memory": (titans.MemoryConfig(**SMALL), memory_alone),
+    "memory, plain": (titans.MemoryConfig(**SMALL, residual=False), memory_alone),
     "memory, three matrices, read after intervals": (
-        titans.MemoryConfig(**SMALL, depth=3, momentum=False, read="after_interval"),
+        titans.MemoryConfig(**SMALL, depth=3, momentum=False, read="after_interval", residual=False),
         memory_alone,
     ),
     "memory_as_context": (titans.MemoryAsContextConfig(**SMALL, persistent=3), memory_as_context),
@@ -245,7 +246,7 @@ class GatedDeltaRule(DeltaNet):
 def test_a_linear_memory_without_forgetting_is_a_deltanet():
     """The gradient of the squared error has a factor 2, so that steps up to 1/2 are the β of the delta rule."""
     config = titans.MemoryConfig(
-        heads=2, depth=1, update_interval=1, momentum=False, forgetting=False, max_step=0.5
+        heads=2, depth=1, update_interval=1, momentum=False, forgetting=False, residual=False, max_step=0.5
     )  # fmt: skip
     memory, x = build(config), jnp.asarray(tokens()[None])
     memory.initial[0] = nnx.Param(jnp.zeros((2, WIDTH // 2, WIDTH // 2)))

@@ -24,7 +24,10 @@ CASES = {name: (name, {}) for name in MIXERS} | {  # and what presets use, but d
     "attention rotary": ("attention", {"rotary": True, "kv_heads": 1}),
     "diff_qkv augmented": ("diff_qkv", {"key_dim": 4, "query_hidden": 24}),
     "depth 1": ("memory", {"depth": 1, "read": "after_interval"}),
-    "depth 3": ("memory", {"depth": 3, "update_interval": 1, "momentum": False, "forgetting": False}),
+    "depth 3": (
+        "memory",
+        {"depth": 3, "residual": False, "update_interval": 1, "momentum": False, "forgetting": False},
+    ),
     "context": ("memory_as_context", {"depth": 1, "read": "after_interval", "momentum": False, "persistent": 0}),
     "context token by token": ("memory_as_context", {"update_interval": 1, "forgetting": False}),
     "lightnet tpe": ("lightnet", {"tpe": True, "lrpe": True}),

@@ -19,18 +19,20 @@ Deviations and what is left open (we had notes on the paper and its abstract, no
   is on the norm of the error, with r² below it (`primitives.huber_error`).
 - Memora's softmax is over the inputs of each output and has sums of √(size of a head), which makes its weights as
   spread as normal ones of the usual variance. Initial weights are logarithms.
-- The notes apply norm and softmax at the ends of intervals only. Here gradients are at the weights so retained where
-  the interval began; what is read after each token is retained with all its gradients, which costs a step for every
-  token; ``read="after_interval"`` reads those of the interval's beginning and does not.
+- The notes apply norm and softmax at the ends of intervals only. So do Moneta and Memora here, which read the weights
+  of those (``read="after_interval"``), in intervals that the convolution spans. Read after each token they are retained
+  with all gradients before it, token by token.
+- Moneta's steps are the smallest: gradients of cubes are large, and ‖A‖ in the denominator makes them larger.
 - Rotary positions, which the notes name for the block, are not here: a memory has none.
 - Presets: depth, width and heads of the notes; the channel mixer has 8/3 widths.
 """
 
 from zoo.token_mixers.titans import MemoryConfig, presets
 
-MONETA = MemoryConfig(loss="power", retention="power_norm", momentum=False, residual=True)
-YAAD = MemoryConfig(loss="huber", momentum=False, residual=True)
-MEMORA = MemoryConfig(retention="softmax", momentum=False, residual=True)
+AT_ENDS = {"update_interval": 4, "read": "after_interval"}
+MONETA = MemoryConfig(loss="power", retention="power_norm", momentum=False, max_step=0.01, **AT_ENDS)
+YAAD = MemoryConfig(loss="huber", momentum=False)
+MEMORA = MemoryConfig(retention="softmax", momentum=False, **AT_ENDS)
 
 SIZES = {"170m": (768, 12), "340m": (1024, 24), "780m": (1536, 24)}
 PRESETS = {

@@ -34,7 +34,9 @@ Deviations and what is left open (we had the paper's equations and results, not 
 - Rotary positions turn half of a head's channels; keys of persistent tokens are zero there, so that they look the same
   from everywhere, also beyond the lengths of training. Positions are those in the document, in MAC those in the segment
   of two tokens each: products depend on differences alone.
-- Deep memories have SiLU inside, or, where they are residual, GELU, as Miras and TTT have it.
+- Memories are residual by default, ``M(x) = x + LN(network(x))`` with GELU inside, as in Miras and TTT: normalised
+  predictions bound gradients. With the paper's plain networks (``residual=False``, SiLU) the recurrence itself diverges
+  where the keys of an interval are alike, as those of slow time series, and its steps add up.
 - The weights that documents start with begin as normal numbers of variance one over the inputs, in a linear memory too:
   a residual memory of zeros has no gradient of use. Where these are not what gradients are added to (Miras), that is
   such that these weights, or for a softmax others of such a spread, are its image.
@@ -126,7 +128,7 @@ class MemoryConfig(MixerConfig):
     retention: Literal["keep", "power_norm", "softmax"] = "keep"
     momentum: bool = True
     forgetting: bool = True
-    residual: bool = False
+    residual: bool = True
     max_step: float = 0.1
 
     def check(self, stack: StackConfig) -> None:

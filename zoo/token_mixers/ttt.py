@@ -19,8 +19,8 @@ are those of `Memory`, not the block of Mamba. Presets: 16 heads, depth and widt
 from zoo.token_mixers.miras import SIZES
 from zoo.token_mixers.titans import MemoryConfig, presets
 
-TTT_LINEAR = MemoryConfig(depth=1, momentum=False, forgetting=False, residual=True)
-TTT_MLP = MemoryConfig(depth=2, momentum=False, forgetting=False, residual=True)
+TTT_LINEAR = MemoryConfig(depth=1, momentum=False, forgetting=False)
+TTT_MLP = MemoryConfig(depth=2, momentum=False, forgetting=False)
 
 PRESETS = {
     "ttt_linear": presets(TTT_LINEAR, sizes=SIZES),
