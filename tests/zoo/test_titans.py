@@ -176,7 +176,7 @@ def attend(attention, xs):
 
 
 def gated(gate, y, m):
-    return rms(gate.norms[0], y) * sigmoid(rms(gate.norms[1], m))
+    return rms(gate.norms[0], y) * silu(rms(gate.norms[1], m))
 
 
 def memory_alone(mixer, xs):
@@ -202,7 +202,7 @@ def memory_as_context(mixer, xs):
             q = unit(silu(linear(mixer.search, x)).reshape(heads, -1))
             h = np.stack([memory.recall(i, q[i], memory.begun) for i in range(heads)])
             pairs += [rms(mixer.norm, h).reshape(-1), x]
-            ys.append(attend(mixer.attention, pairs))
+            ys.append(x + attend(mixer.attention, pairs))
         outputs += [gated(mixer.gate, y, memory(y)) for y in ys]
     return outputs
 

@@ -14,11 +14,11 @@ of equations are this paper's. Implemented are its four architectures, on `primi
 
   t' is the beginning of the update interval that t is in. The weights that documents start with are parameters.
 - `MemoryAsLayer`, MAL (29–31): ``y = M(x)``, ``o = attention(y)``.
-- `MemoryAsGate`, MAG (26–28): ``o = norm(attention(x)) ⊙ σ(norm(M(x)))``, both norms with weights.
+- `MemoryAsGate`, MAG (26–28): ``o = norm(attention(x)) ⊙ silu(norm(M(x)))``, both norms with weights.
 - `MemoryAsContext`, MAC (21–25). Segments are the update intervals, M_{t'} the memory where one begins:
 
-      h_t = M_{t'}(unit(silu(W_s x_t))),  y_t = attention to the persistent tokens, h_i and x_i, t' < i ≤ t
-      o_t = norm(y_t) ⊙ σ(norm(M(y)_t)),  where M learns from y
+      h_t = M_{t'}(unit(silu(W_s x_t))),  y_t = x_t + attention to the persistent tokens, h_i and x_i, t' < i ≤ t
+      o_t = norm(y_t) ⊙ silu(norm(M(y)_t)),  where M learns from y
 
 Attention is over the last `window` tokens, with rotary positions, and to `persistent` learned tokens (equation 19).
 Streaming is exact: the state holds the memory, the weights of the segment's beginning and its tokens, so that pieces of
@@ -41,7 +41,9 @@ Deviations and what is left open (we had the paper's equations and results, not 
   a residual memory of zeros has no gradient of use. Where these are not what gradients are added to (Miras), that is
   such that these weights, or for a softmax others of such a spread, are its image.
 - Biases of the gates: steps begin at half of `max_step`, momentum at 1/2, forgetting at σ(−6).
-- The gates of MAG and MAC have no further projection.
+- The non-linearity of the gates of MAG and MAC, which the paper calls σ, is SiLU: behind a sigmoid the memory of MAG
+  was not used within the budget of `experiments.needle_in_a_haystack`. The gates have no further projection.
+- In MAC a token passes by attention too (x_t in y_t), as by every attention between residual connections.
 - Presets: depths and widths of 170M, 340M and 760M are those of our notes on the Miras paper, 400M is our reading. The
   channel mixer is 8/3 widths wide, with attention beside the memory 4/3, in MAC 1, so that the four of a size are as
   large as each other: with a vocabulary of 32,000 and the embedding as the head, 6 to 10 % above their names, but for
@@ -281,14 +283,14 @@ def _turn(x, positions):
 
 
 class Gate(nnx.Module):
-    """``norm(y) ⊙ σ(norm(m))``."""
+    """``norm(y) ⊙ silu(norm(m))``."""
 
     def __init__(self, stack: StackConfig, *, rngs: nnx.Rngs):
         self.norms = nnx.List([nnx.RMSNorm(stack.width, dtype=stack.dtype, rngs=rngs) for _ in range(2)])
 
     def __call__(self, y, m):
         """Two ``[..., width]`` to one."""
-        return self.norms[0](y) * jax.nn.sigmoid(self.norms[1](m))
+        return self.norms[0](y) * jax.nn.silu(self.norms[1](m))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +430,7 @@ class MemoryAsContext(nnx.Module):
         pairs = jnp.stack([h, x], axis=2).reshape(x.shape[0], -1, x.shape[-1])
         ids = None if segments is None else jnp.repeat(segments, 2, axis=1)
         y, attention = self.attention(pairs, state.attention, segment_ids=ids)
-        y = y[:, 1::2]
+        y = x + y[:, 1::2].astype(x.dtype)
         m, memory = self.memory(y, state.memory, segment_ids=documents)
         return self.gate(y, m).astype(x.dtype), MemoryAttentionState(memory, attention)
 
