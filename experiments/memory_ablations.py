@@ -36,8 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no momentum": ("memory", {"momentum": False}, "costs less than no forgetting, more than no persistent tokens"),
     "depth 1": ("memory", {"depth": 1}, "worse than deeper memories, the more so the longer the context"),
     "depth 3": ("memory", {"depth": 3}, "better than depth 2 in long contexts"),
-    "memory_as_context": ("memory_as_context", {}, "better than the memory alone"),
-    "no persistent tokens": ("memory_as_context", {"persistent": 0}, "costs least, of memory_as_context"),
+    "memory_as_gate": ("memory_as_gate", {}, "better than the memory alone"),
+    "no persistent tokens": ("memory_as_gate", {"persistent": 0}, "of memory_as_gate, costs least"),
 }
 """Mixer, options, and what Titans claims."""
 BIASES = {

@@ -76,7 +76,7 @@ def _cell(value: Any) -> str:
     match value:
         case None:
             return "-"
-        case {"mean": None}:
+        case {"mean": mean} if mean is None or not math.isfinite(mean):
             return "not finite"
         case {"mean": mean, "std": 0 | None as std}:
             return f"{mean:.4g}" + ("" if std is None else " ± 0")

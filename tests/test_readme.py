@@ -23,4 +23,4 @@ def test_demo_is_that_of_the_recorded_result():
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3

@@ -126,3 +126,4 @@ def test_table_aligns_and_rounds_to_the_deviation():
 def test_table_from_the_file(tmp_path):
     write_json(tmp_path / "result.json", {"rows": [{"a": summary([1, 2, 3]), "b": summary([1, np.inf])}]})
     assert table(strict(tmp_path / "result.json")["rows"]).splitlines()[-1] == "| 2.0 ± 1.0 | not finite |"
+    assert table([{"rate": {"mean": float("nan"), "std": float("nan")}}]).splitlines()[-1] == "| not finite |"
