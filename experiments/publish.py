@@ -1,7 +1,8 @@
-"""Put a result into the documentation: `python -m experiments.publish RESULT.json`.
+"""Put a result into the documentation: `python -m experiments.publish RESULT.json [--name NAME]`.
 
 An experiment whose results are shown in docs/ has a function ``show(metrics) -> str``, Markdown, and, if there are
 figures, ``draw(metrics, folder)``. They get the metrics of a result.json, so that what is shown is what was recorded.
+A second result of an experiment has a name of its own, and no figures.
 """
 
 import argparse
@@ -25,14 +26,14 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{head}\n\n{_module(result).show(result['metrics'])}"
 
 
-def publish(result: Path, docs: Path = DOCS) -> Path:
+def publish(result: Path, docs: Path = DOCS, name: str | None = None) -> Path:
     """Copy a result into `docs`, draw its figures there, and put its tables between the markers of a page.
 
-    The page is the one that has the markers ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the experiment; `ValueError`
-    where none has. Learning curves stay in the run's folder. Returns the page.
+    The page is the one that has the markers ``<!-- NAME -->`` and ``<!-- /NAME -->``, the experiment's where none is
+    given; `ValueError` where no page has. Learning curves stay in the run's folder. Returns the page.
     """
     content = json.loads(result.read_text())
-    name = content["experiment"]
+    name = name or content["experiment"]
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     pages = [page for page in sorted(docs.glob("*.md")) if start in page.read_text(encoding="utf-8")]
     if len(pages) != 1 or end not in pages[0].read_text(encoding="utf-8"):
@@ -41,7 +42,8 @@ def publish(result: Path, docs: Path = DOCS) -> Path:
     before, rest = pages[0].read_text(encoding="utf-8").split(start)
     _, after = rest.split(end)
     write_json(docs / f"{name}.json", content)
-    getattr(_module(content), "draw", lambda metrics, folder: None)(content["metrics"], docs)
+    if name == content["experiment"]:
+        getattr(_module(content), "draw", lambda metrics, folder: None)(content["metrics"], docs)
     pages[0].write_text(f"{before}{start}\n{render(content)}\n{end}{after}", encoding="utf-8")
     return pages[0]
 
@@ -62,4 +64,6 @@ def _without_history(value):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m experiments.publish", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="a result.json")
-    print(publish(parser.parse_args().result))
+    parser.add_argument("--name", help="of the markers and of the copy, where it is not the experiment's")
+    arguments = parser.parse_args()
+    print(publish(arguments.result, name=arguments.name))
