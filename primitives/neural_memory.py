@@ -175,8 +175,10 @@ def neural_memory(
 
     A step above the reciprocal of the curvature, as 1 / ‖k‖² for `linear_memory`, makes the recurrence itself diverge,
     in every implementation: normalise keys, or bound gradients with `huber_error`. Sums of an interval's gradients are
-    steps of as many tokens. Coefficients are those of tokens; where an interval has one, its tokens share it (a decay of
-    the interval is its first token's, with 1 for the others).
+    steps of as many tokens.
+
+    Coefficients are those of tokens. Where an interval has one, its tokens share it; a decay of the interval is its
+    first token's, with 1 for the others.
 
     Args:
         q: Queries, of a multiple of the heads of `k`; neighbouring ones read the same memory.
