@@ -92,12 +92,19 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
 def fresh_like(array: Shaped[Array, "..."], fill: float, dtype: DTypeLike | None = None) -> Shaped[Array, "..."]:
     """A constant of an array's shape that also has its sharding and its varying mesh axes.
 
-    A plain `jnp.zeros` as the first carry of a loop is refused under `shard_map` and under Explicit meshes. The barrier
-    hides from the compiler that it is a constant: XLA for CPUs (of jaxlib 0.12) fuses products with such, and a sum
-    over them, into a call that reads memory which nothing has written.
+    A plain `jnp.zeros` as the first carry of a loop is refused under `shard_map` and under Explicit meshes.
     """
     array = lax.stop_gradient(array).astype(dtype or array.dtype)
-    return lax.optimization_barrier(jnp.where(jnp.zeros_like(array, bool), array, jnp.asarray(fill, array.dtype)))
+    return jnp.where(jnp.zeros_like(array, bool), array, jnp.asarray(fill, array.dtype))
+
+
+def empty_memory(array: Shaped[Array, "..."], dtype: DTypeLike | None = None) -> Shaped[Array, "..."]:
+    """`fresh_like` of zeros, for a state that is multiplied by.
+
+    The barrier hides from the compiler that it is a constant: XLA for CPUs (of jaxlib 0.12) fuses products with such,
+    and a sum over them, into a call that reads memory which nothing has written.
+    """
+    return lax.optimization_barrier(fresh_like(array, 0, dtype))
 
 
 def fresh_counter(segment_ids: Int[Array, "batch time"] | None, batch: int) -> Int[Array, " batch"]:

@@ -206,7 +206,7 @@ def _nonzero(x):
 def _fresh_state(q, v, segment_ids, dtype):
     zero, counter = contract.fresh_like(q[:, 0], 0, dtype), contract.fresh_counter(segment_ids, q.shape[0])
     empty = contract.fresh_like(zero[..., :1], -jnp.inf)
-    memory = contract.fresh_like(zero[..., None] * v[:, 0, :, None], 0, dtype)
+    memory = contract.empty_memory(zero[..., None] * v[:, 0, :, None], dtype)
     return FlowAttentionState(zero, zero, zero, zero, empty, memory, counter, counter)
 
 

@@ -150,7 +150,7 @@ def prepare(q, k, v, log_decay, state, kind, segment_ids, scale, *gates):
     q, k, v = (repeat_heads(x, n).astype(dtype) for x, n in ((q, most), (k, heads), (v, heads)))
     q = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).reshape(*q.shape[:2], heads, most // heads, -1)
     if state is None:
-        empty = contract.fresh_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], 0)
+        empty = contract.empty_memory(k[:, 0, :, :, None] * v[:, 0, :, None, :])
         state = kind(empty, contract.fresh_counter(segment_ids, k.shape[0]))
     if log_decay is None:
         g = contract.fresh_like(k[..., :1], 0)

@@ -324,11 +324,11 @@ def _check_memory(rule, arrays, initial_weights):
 
 
 def _fresh_state(k, momentum, initial, segment_ids, rule, dtype):
-    empty = contract.fresh_like(k[:, 0, :, 0], 0, dtype)
+    empty = contract.empty_memory(k[:, 0, :, 0], dtype)
     weights = jax.tree.map(lambda x: x + empty.reshape(*empty.shape, *(1,) * (x.ndim - 1)), initial)
     return NeuralMemoryState(
         weights,
-        None if momentum is None else jax.tree.map(lambda x: contract.fresh_like(x, 0), weights),
+        None if momentum is None else jax.tree.map(contract.empty_memory, weights),
         None if rule.update_interval == 1 else weights,
         contract.fresh_counter(segment_ids, k.shape[0]),
         contract.fresh_counter(segment_ids, k.shape[0]),
