@@ -23,7 +23,7 @@ import zoo
 from experiments import ExperimentError, check_positive
 from experiments.data import check_text, load_text, text_batches, text_evaluation_batches
 from experiments.figures import figure, marker
-from experiments.measure import compile_call, count_parameters, time_call
+from experiments.measure import compile_call, count_parameters, fitting_size, time_call
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
 
@@ -157,8 +157,7 @@ def _parameters(name: str, config: Config, hidden: int) -> int:
 
 def _fitting_hidden(name: str, config: Config, budget: int) -> int:
     """The inner size with which a model comes nearest to a number of parameters, at least 8."""
-    fewest, more = (_parameters(name, config, hidden) for hidden in (8, 9))
-    return max(8, 8 + round((budget - fewest) / (more - fewest)))
+    return max(8, fitting_size(lambda hidden: _parameters(name, config, hidden), budget, start=8))
 
 
 def _compare(name, config, train, tested, budget, folder):

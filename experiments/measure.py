@@ -13,6 +13,7 @@ __all__ = [
     "compile_call",
     "count_parameters",
     "fastest_call",
+    "fitting_size",
     "growth_exponent",
     "measure_growth",
     "temporary_bytes",
@@ -29,6 +30,12 @@ def compile_call(function: Callable, inputs: Sequence[PyTree]) -> jax.stages.Com
 def count_parameters(model: nnx.Module) -> int:
     """Numbers that are trained, of a model or of its mere shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def fitting_size(count: Callable[[int], int], budget: int, start: int) -> int:
+    """The size with which a count, linear in it, comes nearest to a budget; counted at `start` and the next one."""
+    fewest, more = count(start), count(start + 1)
+    return start + round((budget - fewest) / (more - fewest))
 
 
 def time_call(compiled: jax.stages.Compiled, inputs: Sequence[PyTree], *, repeats: int) -> float:

@@ -24,7 +24,7 @@ import zoo
 from experiments import check_positive
 from experiments.data import NEEDLE_KINDS, check_text, load_text, needle, needle_batches
 from experiments.figures import figure, marker
-from experiments.measure import count_parameters
+from experiments.measure import count_parameters, fitting_size
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
 
@@ -154,8 +154,7 @@ needles differ, so that only the order of mixers can be compared:
 def mixer(name: str, task: Task, **options: Any) -> zoo.MixerConfig:
     """A mixer in the sizes of the task, with further options."""
     fields = {field.name for field in dataclasses.fields(zoo.mixer_config(name))}
-    sizes = {"heads": task.heads, "head_dim": task.width // task.heads, "rotary": True}
-    sizes |= {"window": task.window}
+    sizes = {"heads": task.heads, "head_dim": task.width // task.heads, "window": task.window, "rotary": True}
     return zoo.mixer_config(name, **{field: size for field, size in sizes.items() if field in fields} | options)
 
 
@@ -169,11 +168,13 @@ def _model(mixer, task, hidden, key):
 
 def fitting_hidden(mixer: zoo.MixerConfig, task: Task) -> int:
     """The inner size of channel mixers that meets the number of parameters; `ValueError` where none does."""
-    shapes = (jax.eval_shape(lambda n=n: _model(mixer, task, n, jax.random.key(0))) for n in (1, 2))
-    fewest, more = map(count_parameters, shapes)
-    hidden = 1 + round((task.parameters - fewest) / (more - fewest))
+
+    def count(hidden):
+        return count_parameters(jax.eval_shape(lambda: _model(mixer, task, hidden, jax.random.key(0))))
+
+    hidden = fitting_size(count, task.parameters, start=1)
     if hidden < 1:
-        raise ValueError(f"parameters: expected at least {fewest:,} for {mixer}, got {task.parameters:,}")
+        raise ValueError(f"parameters: expected at least {count(1):,} for {mixer}, got {task.parameters:,}")
     return hidden
 
 
