@@ -37,7 +37,7 @@ format: $(VENV)/dev.stamp  ## format the code and generate the tables anew
 	$(RUN) zoo.registry --write README.md
 
 clean:  ## remove .venv, builds and caches; runs/ and data/ stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .jax_cache
 
 $(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) experiments/data/packages.txt
 	@tools/install $(VENV) $* $(CONSTRAINTS)
