@@ -32,6 +32,7 @@ from jaxtyping import Array, Float
 
 import zoo
 from experiments import check_positive
+from experiments.comparison import choose_rate
 from experiments.data import (
     SeriesData,
     check_series,
@@ -129,17 +130,22 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     metrics = {"context": config.context, "series": {}, "cells": []}
     for name in config.dataset:
         data = load_series(name, data_dir=config.data_dir, source_folder=config.source_folder)
-        metrics["series"][name] = {
-            "steps": len(data.values),
-            "channels": len(data.channels),
-            "missing": float(1 - data.observed.mean()),
-            "season": data.season,
-            "source": data.source,
-        }
+        metrics["series"][name] = describe(data)
         metrics["cells"] += [compare(data, horizon, config, folder / name) for horizon in config.horizon]
     draw(metrics, folder)
     print(f"\n{show(metrics)}\n\nfigure: {folder / 'forecasting.png'}")
     return metrics
+
+
+def describe(data: SeriesData) -> dict[str, Any]:
+    """What a table says about a series."""
+    return {
+        "steps": len(data.values),
+        "channels": len(data.channels),
+        "missing": float(1 - data.observed.mean()),
+        "season": data.season,
+        "source": data.source,
+    }
 
 
 def compare(data: SeriesData, horizon: int, config: Config, folder: Path) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def compare(data: SeriesData, horizon: int, config: Config, folder: Path) -> dic
     return {
         "series": data.name,
         "horizon": horizon,
-        "windows": _number_of_windows(data, "test", horizon, config),
+        "windows": count_windows(data, "test", horizon, config),
         "references": references,
         "results": results,
         "diverged": diverged,
@@ -203,16 +209,14 @@ def train(stack: str, data: SeriesData, horizon: int, config: Config, folder: Pa
         build, loss, batches.__getitem__, schedule(config.steps, weight_decay=config.weight_decay), folder,
         seeds=seeds, learning_rates=rates, evaluate=evaluate, label=f"{data.name}, {folder.name}",
     )  # fmt: skip
-    by_rate = np.reshape(fitted.history[-1]["evaluate/mse"], (config.seeds, -1)).mean(axis=0)
-    if not np.isfinite(by_rate).any():
-        raise DivergedError(f"{stack}: a seed diverged at every learning rate")
-    best = int(np.nanargmin(by_rate))
+    by_rate = np.reshape(fitted.history[-1]["evaluate/mse"], (config.seeds, -1))
+    best = choose_rate(by_rate, higher_is_better=False)
     tested = evaluate(fitted.models, "test")
     return {
         "model": stack,
         **{name: summary(np.reshape(values, (config.seeds, -1))[:, best]) for name, values in tested.items()},
         "learning_rate": config.learning_rates[best],
-        "validation_mse": by_rate.tolist(),
+        "validation_mse": by_rate.mean(axis=0).tolist(),
         "parameters": count_parameters(jax.eval_shape(build, jax.random.key(0))),
         "training_seconds": fitted.seconds,
         "diverged": fitted.diverged,
@@ -242,11 +246,12 @@ def score(total: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch])
 def evaluation_batches(data: SeriesData, split: str, horizon: int, config: Config) -> Sequence[Batch]:
     """The windows of a part that are forecast, in batches of at most 128."""
     most = {"validation": config.validation_windows, "test": config.test_windows}[split]
-    size = min(128, _number_of_windows(data, split, horizon, config), max(1, 2**24 // (horizon * len(data.channels))))
+    size = min(128, count_windows(data, split, horizon, config), max(1, 2**24 // (horizon * len(data.channels))))
     return series_evaluation_batches(data, split, size, context=config.context, horizon=horizon, most=most)
 
 
-def _number_of_windows(data, split, horizon, config):
+def count_windows(data: SeriesData, split: str, horizon: int, config: Config) -> int:
+    """How many windows of a part are forecast."""
     most = {"validation": config.validation_windows, "test": config.test_windows}[split]
     return min(most, len(series_windows(data, split, context=config.context, horizon=horizon)))
 
@@ -320,16 +325,19 @@ def fit_linear(
 
 def show(metrics: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
-    series = [
-        {"series": name, **facts, "missing": f"{facts['missing']:.1%}"} for name, facts in metrics["series"].items()
-    ]
-    return f"""Errors of the standardised values, from the {metrics["context"]} steps before:
-
-{table(series)}
+    return f"""{show_series(metrics)}
 
 {"".join(map(_show_cell, metrics["cells"]))}The least MSE of each kind:
 
 {table([_verdict(cell) for cell in metrics["cells"]])}"""
+
+
+def show_series(metrics: Mapping[str, Any]) -> str:
+    """What is forecast, and from what."""
+    series = [
+        {"series": name, **facts, "missing": f"{facts['missing']:.1%}"} for name, facts in metrics["series"].items()
+    ]
+    return f"Errors of the standardised values, from the {metrics['context']} steps before:\n\n{table(series)}"
 
 
 def _show_cell(cell):

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.results import write_json
 
-__all__ = ["publish", "render"]
+__all__ = ["insert", "list_pages", "publish", "render"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -32,20 +32,30 @@ def publish(result: Path, docs: Path = DOCS, name: str | None = None) -> Path:
     The page is the one that has the markers ``<!-- NAME -->`` and ``<!-- /NAME -->``, the experiment's where none is
     given; `ValueError` where no page has. Learning curves stay in the run's folder. Returns the page.
     """
-    content = json.loads(result.read_text())
+    content = _without_history(json.loads(result.read_text()))
     name = name or content["experiment"]
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    pages = [page for page in sorted(docs.glob("*.md")) if start in page.read_text(encoding="utf-8")]
-    if len(pages) != 1 or end not in pages[0].read_text(encoding="utf-8"):
-        raise ValueError(f"{docs}: expected one page with the markers {start} and {end}")
-    content = _without_history(content)
-    before, rest = pages[0].read_text(encoding="utf-8").split(start)
-    _, after = rest.split(end)
+    page = insert(docs, name, render(content))
     write_json(docs / f"{name}.json", content)
     if name == content["experiment"]:
         getattr(_module(content), "draw", lambda metrics, folder: None)(content["metrics"], docs)
-    pages[0].write_text(f"{before}{start}\n{render(content)}\n{end}{after}", encoding="utf-8")
+    return page
+
+
+def insert(docs: Path, name: str, text: str) -> Path:
+    """Put Markdown between the markers ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the one page that has them."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    pages = [page for page in list_pages(docs) if start in page.read_text(encoding="utf-8")]
+    if len(pages) != 1 or end not in pages[0].read_text(encoding="utf-8"):
+        raise ValueError(f"{docs}: expected one page with the markers {start} and {end}")
+    before, rest = pages[0].read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    pages[0].write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
     return pages[0]
+
+
+def list_pages(docs: Path) -> list[Path]:
+    """The pages that show results: those of the folder, and experiments/RESULTS.md beside it."""
+    return [*sorted(docs.glob("*.md")), *docs.parent.glob("experiments/RESULTS.md")]
 
 
 def _module(result):

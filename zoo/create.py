@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from zoo.decision_transformer import DecisionModel
 from zoo.layers import MixerConfig, Stack, StackConfig, check_choice
 from zoo.models import Classifier, Forecaster, LanguageModel
+from zoo.point_process import PointProcess
 from zoo.token_mixers import (
     aaren,
     base_convolution,
@@ -123,7 +125,14 @@ STACKS: dict[str, Mapping[str, StackConfig]] = {
     **titans.PRESETS,
     **ttt.PRESETS,
 }
-HEADS = {"": Stack, "_classifier": Classifier, "_forecaster": Forecaster, "_language_model": LanguageModel}
+HEADS = {
+    "": Stack,
+    "_classifier": Classifier,
+    "_forecaster": Forecaster,
+    "_language_model": LanguageModel,
+    "_point_process": PointProcess,
+    "_policy": DecisionModel,
+}
 MODELS = {stack + head: Entry(build, STACKS[stack]) for stack in STACKS for head, build in HEADS.items()}
 
 

@@ -21,9 +21,11 @@ class Paper(NamedTuple):
     arxiv: str
     file: str
     implements: str
-    models: tuple[str, ...]  # stacks of `zoo.create.STACKS`
+    models: tuple[str, ...]  # stacks of `zoo.create.STACKS`; none where it is something around any stack
     experiments: tuple[str, ...] = ()  # names of `python -m experiments`
 
+
+AAREN_STUDY = ("aaren_reinforcement", "aaren_events", "aaren_forecasting", "aaren_classification", "aaren_efficiency")
 
 PAPERS = (
     Paper(
@@ -34,7 +36,7 @@ PAPERS = (
         file="zoo/token_mixers/aaren.py",
         implements="Aaren: prefix-scan attention with a learned query; parameter counts of the paper",
         models=("aaren",),
-        experiments=("aaren_classification", "aaren_recall", "mqar", "byte_language_models", "compile_language_models"),
+        experiments=(*AAREN_STUDY, "aaren_recall", "mqar", "byte_language_models", "compile_language_models"),
     ),
     Paper(
         title="Attention Is All You Need",
@@ -44,7 +46,7 @@ PAPERS = (
         file="zoo/token_mixers/transformer.py",
         implements="causal self-attention with a cache, as the baseline",
         models=("transformer",),
-        experiments=("aaren_classification", "aaren_recall", "mqar", "byte_language_models"),
+        experiments=(*AAREN_STUDY, "aaren_recall", "mqar", "byte_language_models"),
     ),
     Paper(
         title="Scaling TransNormer to 175 Billion Parameters",
@@ -334,6 +336,26 @@ PAPERS = (
         implements="TTT-Linear and TTT-MLP",
         models=("ttt_linear", "ttt_mlp"),
         experiments=("needle_in_a_haystack", "byte_language_models"),
+    ),
+    Paper(
+        title="Decision Transformer: Reinforcement Learning via Sequence Modeling",
+        authors="Chen, Lu, Rajeswaran, Lee, Grover, Laskin, Abbeel, Srinivas, Mordatch",
+        year=2021,
+        arxiv="2106.01345",
+        file="zoo/decision_transformer.py",
+        implements="the next action from returns-to-go, observations and actions, around any stack (`STACK_policy`)",
+        models=(),
+        experiments=("aaren_reinforcement", "aaren_efficiency"),
+    ),
+    Paper(
+        title="Intensity-Free Learning of Temporal Point Processes",
+        authors="Shchur, Biloš, Günnemann",
+        year=2020,
+        arxiv="1909.12127",
+        file="zoo/point_process.py",
+        implements="log-normal mixtures of the time of the next event, around any stack (`STACK_point_process`)",
+        models=(),
+        experiments=("aaren_events", "aaren_efficiency"),
     ),
 )
 

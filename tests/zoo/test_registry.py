@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_every_name_builds():
     arguments = {"classifier": {"channels": 2, "classes": 3}, "forecaster": {"channels": 2, "horizon": 3}}
     arguments["language_model"] = {"vocabulary": 5}
+    arguments |= {"policy": {"observation_size": 3, "action_size": 2}, "point_process": {"marks": 4}}
     assert {"aaren", "aaren_classifier", "transformer_language_model"} <= set(zoo.list_models())
     for name in zoo.list_models():
         head = next((head for head in arguments if name.endswith("_" + head)), "")
@@ -29,7 +30,8 @@ def test_every_name_builds():
 def test_every_preset_builds():
     """The papers' sizes too, as shapes only; options of mixers are no names of a stack's or a model's."""
     taken = {field.name for field in dataclasses.fields(zoo.StackConfig)}
-    taken |= {"channels", "classes", "pooling", "horizon", "normalise", "vocabulary", "tied"}
+    taken |= {"channels", "classes", "pooling", "horizon", "normalise", "vocabulary", "tied", "marks", "components"}
+    taken |= {"mean_log_gap", "log_gap_scale", "observation_size", "action_size", "discrete"}
     for name, presets in create.STACKS.items():
         assert next(iter(presets)) == "tiny"
         for preset in presets:
