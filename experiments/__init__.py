@@ -15,7 +15,11 @@ __all__: list[str] = ["EXPERIMENTS", "ExperimentError", "__version__", "check_po
 
 EXPERIMENTS: tuple[str, ...] = (
     "aaren_classification",
+    "aaren_efficiency",
+    "aaren_events",
+    "aaren_forecasting",
     "aaren_recall",
+    "aaren_reinforcement",
     "benchmark_neural_memory",
     "benchmark_prefix_scan",
     "benchmark_recurrences",

