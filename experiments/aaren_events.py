@@ -47,7 +47,7 @@ from experiments.comparison import (
     remember,
     show_cells,
 )
-from experiments.data.event_sequences import (
+from experiments.data import (
     EventData,
     EventSequence,
     check_events,

@@ -50,8 +50,8 @@ def log_density(prediction: Prediction, gap: Float[Array, "batch time"]) -> Floa
 def expected_gap(prediction: Prediction, longest: float | None = None) -> Float[Array, "batch time"]:
     """``E[τ] = Σ_k w_k exp(μ_k + σ_k² / 2)``, the forecast with the least expected squared error.
 
-    Where a `longest` gap ``c`` is given, ``E[min(τ, c)]``, with ``a_k = (log c − μ_k) / σ_k`` and the normal distribution
-    function ``Φ``::
+    Where a `longest` gap ``c`` is given, ``E[min(τ, c)]``, with ``a_k = (log c − μ_k) / σ_k`` and the distribution
+    function of a normal ``Φ``::
 
         Σ_k w_k (exp(μ_k + σ_k² / 2) Φ(a_k − σ_k) + c Φ(−a_k))
 
