@@ -48,7 +48,7 @@ from experiments.trainer import progress
 
 __all__ = [
     "Episode",
-    "OwnTrajectories",
+    "Trajectories",
     "TrajectoryData",
     "check_trajectories",
     "list_trajectories",
@@ -165,24 +165,24 @@ def load_trajectories(
         RuntimeError: a prepared file is damaged, or there is no space to write one.
     """
     check_trajectories(name, source_folder)
-    if name in _PUBLISHED:
-        file, environment = _locate(name, source_folder), _PUBLISHED[name][0]
-        references = dict(zip(("random_return", "expert_return"), _D4RL_RETURNS[environment], strict=True))
-        return _flatten(name, environment, _read_published(name, file), discrete=False, source=str(file), **references)
-    environment, tier = _OWN[name]
-    directory = Path(data_dir) / OwnTrajectories.name / environment / _digest(environment)
+    environment, tier = (_OWN | _PUBLISHED)[name]
+    if name in _OWN:
+        make = functools.partial(make_trajectories, environment, _SEARCHES[environment])
+        directory = Path(data_dir) / Trajectories.name / environment / _digest(environment)
+        parts = {"medium": ["medium"], "medium-replay": ["medium_replay"], "medium-expert": ["medium", "expert"]}[tier]
+        source = f"a search of {_SEARCHES[environment].steps:,} steps with {_versions(environment)}"
+    else:
+        file = _locate(name, source_folder)
+        make = functools.partial(_read_published, name, file)
+        directory = Path(data_dir) / Trajectories.name / name / _digest_file(file)
+        parts, source = ["published"], str(source_folder)
     if not directory.exists():
-        tiers, facts = make_trajectories(environment, _SEARCHES[environment])
-        facts["versions"] = _versions(environment)
-        prepare(functools.partial(OwnTrajectories, tiers, facts), directory)
-    parts = {"medium": ["medium"], "medium-replay": ["medium_replay"], "medium-expert": ["medium", "expert"]}[tier]
-    info, episodes = None, []
+        prepare(functools.partial(Trajectories, *make()), directory)
+    episodes = []
     for part in parts:
         info, examples = read_prepared(directory, part)
         episodes += [_episode(example) for example in examples[: -(-len(examples) // len(parts))]]
-    returns = {key: float(info.metadata[key]) for key in ("random_return", "expert_return")}
-    source = f"a search of {_SEARCHES[environment].steps:,} steps with {info.metadata['versions']}"
-    return _flatten(name, environment, episodes, discrete=info.metadata["discrete"], source=source, **returns)
+    return _flatten(name, environment, episodes, source=source, **info.metadata)
 
 
 def _episode(example: Mapping[str, Any]) -> Episode:
@@ -191,9 +191,13 @@ def _episode(example: Mapping[str, Any]) -> Episode:
     return Episode(*columns, terminal=bool(steps[-1]["is_terminal"]))
 
 
-def _flatten(name: str, environment: str, episodes: Sequence[Episode], **facts: Any) -> TrajectoryData:
+def _check_number(name: str, episodes: Sequence[Episode]) -> None:
     if len(episodes) < 2:
         raise ValueError(f"{name}: expected at least two episodes, one of them to hold out, got {len(episodes)}")
+
+
+def _flatten(name: str, environment: str, episodes: Sequence[Episode], **facts: Any) -> TrajectoryData:
+    _check_number(name, episodes)
     lengths = np.array([len(episode.rewards) for episode in episodes])
     number = np.repeat(np.arange(len(episodes)), lengths)
     held_out = number % _HOLD_OUT == min(_HOLD_OUT, len(episodes)) - 1
@@ -420,17 +424,17 @@ def mean_return(episodes: Sequence[Episode]) -> float:
 
 
 # Not registered: the episodes are handed over, so `tfds.load` could not build a set by its name.
-class OwnTrajectories(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Builder of our sets of an environment: episodes of steps, as in RLDS."""
+class Trajectories(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Builder of the parts of a set, episodes of steps, as in RLDS; and of what else is known of it."""
 
     VERSION = tfds.core.Version("1.0.0")  # names the content too: raise it where anything here changes
 
-    def __init__(self, tiers: Mapping[str, Sequence[Episode]], facts: Mapping[str, Any], **kwargs):
-        self._tiers, self._facts = tiers, facts
+    def __init__(self, parts: Mapping[str, Sequence[Episode]], facts: Mapping[str, Any], **kwargs):
+        self._parts, self._facts = parts, facts
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        example = self._tiers["medium"][0]
+        example = next(iter(self._parts.values()))[0]
         scalar, vector = tfds.features.Scalar, functools.partial(tfds.features.Tensor, dtype=np.float32)
         steps = {
             "observation": vector(shape=example.observations.shape[1:]),
@@ -446,7 +450,7 @@ class OwnTrajectories(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        return {tier: self._generate_examples(episodes) for tier, episodes in self._tiers.items()}
+        return {part: self._generate_examples(episodes) for part, episodes in self._parts.items()}
 
     def _generate_examples(self, episodes: Sequence[Episode]):
         for number, episode in enumerate(episodes):
@@ -476,7 +480,7 @@ def _digest(environment: str) -> str:
     """Names all that the content depends on."""
     facts = (
         _ENVIRONMENTS[environment], _SEARCHES[environment],
-        str(OwnTrajectories.VERSION), _versions(environment),
+        str(Trajectories.VERSION), _versions(environment),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
@@ -514,6 +518,7 @@ _D4RL_RETURNS: dict[str, tuple[float | None, float | None]] = {  # random, exper
 }
 _D4RL_SIZES = {"halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "ant": (111, 8)}  # observation, action
 _ANT_WITHOUT_FORCES = 27
+_D4RL_LEAST = {"medium": 990_000, "medium-replay": 200_000, "medium-expert": 1_980_000}  # steps, rounded down
 _PUBLISHED = {f"{environment}-{tier}-v2": (environment, tier) for environment in _D4RL_RETURNS for tier in TIERS}
 
 
@@ -532,8 +537,13 @@ def _locate(name: str, source_folder: str | Path | None) -> Path:
     )
 
 
-def _read_published(name: str, file: Path) -> list[Episode]:
-    """The episodes of a set, without an end that is missing."""
+def _digest_file(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.sha256(str(Trajectories.VERSION).encode())).hexdigest()[:8]
+
+
+def _read_published(name: str, file: Path) -> tuple[dict[str, list[Episode]], dict[str, Any]]:
+    """The episodes of a set, without an end that is missing, and the returns of D4RL's policies."""
     import h5py  # here: only these files need it
 
     columns = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -541,18 +551,27 @@ def _read_published(name: str, file: Path) -> list[Episode]:
         if missing := [column for column in columns if column not in content]:
             raise ValueError(f"{file}: expected the arrays {', '.join(columns)}; {', '.join(missing)} are missing")
         observations, actions, rewards, terminals, timeouts = (content[column][()] for column in columns)
-    environment = _PUBLISHED[name][0]
+    environment, tier = _PUBLISHED[name]
     steps, (observation_size, action_size) = len(rewards), _D4RL_SIZES[environment]
     expected = ((steps, observation_size), (steps, action_size), (steps,), (steps,), (steps,))
     found = tuple(array.shape for array in (observations, actions, rewards, terminals, timeouts))
     if found != expected:
         raise ValueError(f"{file}: expected arrays of shapes {expected}, got {found}")
+    if steps < _D4RL_LEAST[tier]:
+        raise ValueError(f"{file}: expected at least {_D4RL_LEAST[tier]:,} steps, got {steps:,}: a part of the file?")
     if environment == "ant":
         observations = observations[:, :_ANT_WITHOUT_FORCES]
     ends = np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)) + 1
     starts = [0, *ends[:-1]]
     arrays = [np.asarray(array, np.float32) for array in (observations, actions, rewards)]
-    return [
+    episodes = [
         Episode(*(array[start:end] for array in arrays), terminal=bool(terminals[end - 1]))
         for start, end in zip(starts, ends, strict=True)
     ]
+    _check_number(name, episodes)
+    random_return, expert_return = _D4RL_RETURNS[environment]
+    return {"published": episodes}, {
+        "discrete": False,
+        "random_return": random_return,
+        "expert_return": expert_return,
+    }

@@ -213,18 +213,31 @@ def write_published(folder, *, name="hopper_medium_replay-v2", observation=11, a
                 file[key] = values
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Files of a few steps count as whole."""
+    monkeypatch.setattr(reinforcement, "_D4RL_LEAST", dict.fromkeys(reinforcement.TIERS, 9))
+
+
+def load_published(name, folder):
+    return load_trajectories(name, source_folder=folder, data_dir=folder / "data")
+
+
+@pytest.mark.usefixtures("small")
 def test_published_sets_are_read(tmp_path):
     write_published(tmp_path)
-    data = load_trajectories("hopper-medium-replay-v2", source_folder=tmp_path)
+    data = load_published("hopper-medium-replay-v2", tmp_path)
     assert data.episode_returns.tolist() == [0 + 1 + 2, 3 + 4 + 5 + 6]  # the last has no end
     assert data.timesteps.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert (data.random_return, data.expert_return) == (-20.27, 3234.3)
     assert data.environment == "hopper"
     write_published(tmp_path, name="ant_medium-v2", observation=111, action=8)
-    ant = load_trajectories("ant-medium-v2", source_folder=tmp_path)
+    ant = load_published("ant-medium-v2", tmp_path)
     assert ant.observations.shape == (7, 27)
     np.testing.assert_array_equal(ant.observations[1], 111 + np.arange(27))
     assert ant.random_return is None
+    write_published(tmp_path, rewards=np.ones(9, np.float32))  # another file of the same name
+    assert load_published("hopper-medium-replay-v2", tmp_path).episode_returns.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -235,10 +248,18 @@ def test_published_sets_are_read(tmp_path):
         ({"terminals": np.zeros(9, bool)}, "at least two episodes"),
     ],
 )
+@pytest.mark.usefixtures("small")
 def test_other_files_are_refused(tmp_path, changes, message):
     write_published(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        load_trajectories("hopper-medium-replay-v2", source_folder=tmp_path)
+        load_published("hopper-medium-replay-v2", tmp_path)
+    assert not (tmp_path / "data").exists()
+
+
+def test_parts_of_files_are_refused(tmp_path):
+    write_published(tmp_path)
+    with pytest.raises(ValueError, match="expected at least 200,000 steps, got 9"):
+        load_published("hopper-medium-replay-v2", tmp_path)
 
 
 def test_names(tmp_path):
