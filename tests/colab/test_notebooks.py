@@ -14,6 +14,7 @@ QUICK = {"TRAIN_STEPS": 20, "STREAM_TOKENS": 80}
 RUNS = [
     ("attention_as_an_rnn", QUICK),
     ("attention_as_an_rnn", QUICK | {"DATASET": "Handwriting"}),  # ships in no package: the synthetic stand-in
+    ("forecasts_and_policies", {"FORECAST_STEPS": 20, "POLICY_STEPS": 20}),
     ("test_time_memory", {}),
 ]
 

@@ -65,23 +65,25 @@ def test_misfits_are_refused_before_a_run(options, error, message):
 
 
 def test_scores_are_those_of_events_that_follow_one_another():
-    """Against SciPy, for a forecast that is the same everywhere, over several packed sequences and padding."""
-    sequences = toy().splits["train"][:3]
-    rows = pack_events(sequences, 45)
+    """Against SciPy, of forecasts that differ from place to place, over several packed sequences and padding."""
+    rows = pack_events(toy().splits["train"][:3], 45)
     assert rows["segment_ids"].tolist() == [[0] * 20 + [1] * 20 + [-1] * 5, [0] * 20 + [-1] * 25]
-    mean, deviation, logits = 0.8, 1.3, np.array([0.2, -0.3])
-
-    def everywhere(value):
-        return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (*rows["gaps"].shape, np.size(value)))
-
-    prediction = Prediction(everywhere(0), everywhere(mean), everywhere(np.log(deviation)), everywhere(logits))
+    generator = np.random.default_rng(0)
+    means, logits, deviation = generator.normal(size=(2, 45)), generator.normal(size=(2, 45, 2)), 1.3
+    single = np.zeros((2, 45, 1))
+    prediction = Prediction(single, means[..., None], single + np.log(deviation), logits)
+    prediction = Prediction(*(jnp.asarray(x, jnp.float32) for x in prediction))
     found = aaren_events.average(aaren_events.score(prediction, rows))
-    gaps, _, marks = following(sequences)
-    assert len(gaps) == 3 * 19
-    nll = -stats.lognorm.logpdf(gaps, s=deviation, scale=np.exp(mean)) - (logits - np.logaddexp(*logits))[marks]
+
+    forecasts = tuple(np.r_[[0] * 38, [1] * 19]), tuple(np.r_[0:19, 20:39, 0:19])
+    happened = forecasts[0], tuple(np.add(forecasts[1], 1))
+    gaps, marks = rows["gaps"][happened], rows["marks"][happened]
+    means, logits = means[forecasts], logits[forecasts]
+    nll = -stats.lognorm.logpdf(gaps, s=deviation, scale=np.exp(means))
+    nll -= (logits - np.logaddexp(*logits.T)[:, None])[np.arange(57), marks]
     assert found["nll"] == pytest.approx(nll.mean(), rel=1e-5)
-    assert found["rmse"] == pytest.approx(np.sqrt(np.mean((gaps - np.exp(mean + deviation**2 / 2)) ** 2)), rel=1e-5)
-    assert found["accuracy"] == pytest.approx((marks == 0).mean())
+    assert found["rmse"] == pytest.approx(np.sqrt(np.mean((gaps - np.exp(means + deviation**2 / 2)) ** 2)), rel=1e-5)
+    assert found["accuracy"] == pytest.approx((marks == logits.argmax(axis=1)).mean())
     halves = [{name: value / 2 for name, value in aaren_events.score(prediction, rows).items()}] * 2
     assert aaren_events.average(*halves) == pytest.approx(found)
     assert "accuracy" not in aaren_events.average(aaren_events.score(prediction._replace(mark_logits=None), rows))

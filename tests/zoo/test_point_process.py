@@ -79,6 +79,16 @@ def test_another_unit_of_time_shifts_the_density():
         np.testing.assert_allclose(expected_gap(of_minutes), 60 * expected_gap(of_hours), rtol=1e-9)
 
 
+def test_logarithms_of_gaps_are_normalised_by_the_constants():
+    with jax.enable_x64(True):
+        gaps, marks = events(jnp.float64)
+        normalised = jnp.where(gaps > 0, jnp.exp((jnp.log(gaps) - 0.3) / 1.7), 0)
+        found, _ = jax.jit(build(dtype=jnp.float64, mean_log_gap=0.3, log_gap_scale=1.7))(gaps, marks)
+        plain, _ = jax.jit(build(dtype=jnp.float64))(normalised, marks)
+        np.testing.assert_allclose(found.means, 0.3 + 1.7 * plain.means, rtol=1e-9)
+        np.testing.assert_allclose(found.log_deviations, np.log(1.7) + plain.log_deviations, rtol=1e-9)
+
+
 # Model
 
 
