@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 
 import zoo
 from experiments import ExperimentError
-from experiments.comparison import MODELS, ComparisonConfig, Measure, remember, show_cells
+from experiments.comparison import MODELS, ComparisonConfig, Measure, draw_cells, remember, show_cells
 from experiments.data import (
     ClassificationData,
     batches,
@@ -347,34 +347,13 @@ def comparison(metrics: Mapping[str, Any]) -> str:
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:
     """The accuracies, and what the streams cost if there are any, of the first set."""
-    cells = metrics["cells"]
-    with figure(folder / "accuracy.png", width=6, height=1.6 + 0.3 * len(cells)) as (axis,):
-        _draw_accuracies(axis, cells)
-    if streamed := _streamed(cells):
+    draw_cells(folder / "aaren_classification.png", metrics["cells"], MEASURES[0])
+    if streamed := _streamed(metrics["cells"]):
         _draw_streams(streamed[0], folder)
 
 
 def _streamed(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [cell for cell in cells if any("stream" in result for result in cell["models"].values())]
-
-
-def _draw_accuracies(axis, cells):
-    for place, cell in enumerate(cells):
-        for number, (model, shift) in enumerate(zip(MODELS, (-0.12, 0.12), strict=True)):
-            if model in cell["models"]:
-                found = cell["models"][model]["test_accuracy"]
-                axis.errorbar(
-                    found["mean"], place + shift, xerr=found["std"], fmt="o", ms=4, capsize=3, color=f"C{number}",
-                    label=MODELS[model],
-                )  # fmt: skip
-        for (name, found), shape in zip(cell["references"].items(), "|x", strict=True):
-            axis.plot(found["test_accuracy"], place, shape, color="0.4", label=name)
-    axis.set(yticks=range(len(cells)), yticklabels=[cell["dataset"] for cell in cells], xlabel="test accuracy")
-    axis.tick_params(axis="y", labelsize="small")
-    axis.set_ylim(len(cells) - 0.5, -0.5)
-    axis.grid(axis="x", alpha=0.3)
-    names = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))  # once each
-    axis.legend(names.values(), names.keys(), fontsize="small")
 
 
 def _draw_streams(cell, folder):

@@ -11,8 +11,9 @@ tokens. The forecaster does without the normalisation of its window, which a str
 **Training.** One sequence of growing length goes through the stack that all settings share: ``mean(y²)`` of its outputs
 (forward), and that with the gradient of all parameters (forward and backward; no optimiser). The Transformer computes
 its weights a block of queries at a time and again in the backward pass (`primitives.causal_attention`), so that its
-memory is linear too: an implementation that keeps all weights would need quadratic memory. Temporaries are the bytes
-that the compiler reserves besides inputs and outputs.
+memory is linear too: an implementation that keeps all weights would need quadratic memory. A block spans all keys, also
+those after it, which a kernel would leave out: up to half of its time. Temporaries are the bytes that the compiler
+reserves besides inputs and outputs.
 
 Time grows with the tokens to the power of an exponent, the slope in logarithms: over all lengths in training, over the
 last seven eighths of a stream. All times are those of one machine in one run: compare the columns of a table.

@@ -43,7 +43,7 @@ from experiments.comparison import (
     Measure,
     choose_rate,
     create,
-    draw_differences,
+    draw_cells,
     remember,
     show_cells,
 )
@@ -56,7 +56,6 @@ from experiments.data import (
     load_events,
     pack_events,
 )
-from experiments.figures import figure
 from experiments.measure import count_parameters
 from experiments.results import summary, table
 from experiments.trainer import fit, schedule
@@ -133,7 +132,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         cells.append(compare(data, config, folder / name))
     metrics = {"cells": cells}
     draw(metrics, folder)
-    print(f"\n{show(metrics)}\n\nfigure: {folder / 'events.png'}")
+    print(f"\n{show(metrics)}\n\nfigure: {folder / 'aaren_events.png'}")
     return metrics
 
 
@@ -335,23 +334,4 @@ def show(metrics: Mapping[str, Any]) -> str:
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:
     """How much likelier than under a Poisson process events are, and how much better Aaren is."""
-    cells = metrics["cells"]
-    with figure(folder / "events.png", width=11, height=1.4 + 0.4 * len(cells), panels=2) as (axis, differences):
-        for place, cell in enumerate(cells):
-            points = {MODELS[model]: found["nll"] for model, found in cell["models"].items()}
-            references = {name: found["nll"] for name, found in cell["references"].items() if found is not None}
-            points |= {name: {"mean": nll, "std": None} for name, nll in references.items()}
-            poisson = references["Poisson"]
-            for name, nll in points.items():
-                number = [*MODELS.values(), *cell["references"]].index(name)
-                shape, color = "osD^v|"[number], f"C{number}"
-                axis.errorbar(
-                    poisson - nll["mean"], place, xerr=nll["std"] or 0, fmt=shape, color=color, ms=6, alpha=0.7,
-                    capsize=3, label=name if name not in axis.get_legend_handles_labels()[1] else None,
-                )  # fmt: skip
-        axis.set(yticks=range(len(cells)), yticklabels=[cell["dataset"] for cell in cells])
-        axis.set(xlabel="NLL per event, less than that of a Poisson process, nats →", title="Events forecast")
-        axis.invert_yaxis()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-        draw_differences(differences, cells, MEASURES[0], title="Pairs of seeds")
+    draw_cells(folder / "aaren_events.png", metrics["cells"], MEASURES[0], above="Poisson")

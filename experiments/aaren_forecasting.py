@@ -35,13 +35,12 @@ from experiments.comparison import (
     MODELS,
     ComparisonConfig,
     Measure,
-    draw_differences,
+    draw_cells,
     name_of,
     remember,
     show_cells,
 )
 from experiments.data import SeriesData, load_series
-from experiments.figures import figure
 from experiments.results import table
 
 MEASURES = (Measure("mse", "MSE", False), Measure("mae", "MAE", False))
@@ -182,17 +181,5 @@ def _trained(cell):
 
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:
-    """MSE of both models, the linear one and the last value; beside it how much better Aaren is."""
-    cells = metrics["cells"]
-    shapes = {"Aaren": "o", "Transformer": "s", "linear": "x", "last value": "|"}
-    with figure(folder / "aaren_forecasting.png", width=10, height=1.6 + 0.22 * len(cells), panels=2) as (left, right):
-        for name, shape in shapes.items():
-            points = [(found[name], place) for place, found in enumerate(map(_mse, cells)) if name in found]
-            if points:
-                left.plot(*zip(*points, strict=True), shape, ms=5, alpha=0.8, label=name)
-        left.set(yticks=range(len(cells)), yticklabels=map(name_of, cells), xlabel="MSE", title="Test error")
-        left.tick_params(axis="y", labelsize="small")
-        left.invert_yaxis()
-        left.grid(alpha=0.3, axis="x")
-        left.legend(fontsize="small")
-        draw_differences(right, cells, MEASURES[0], title="Over paired seeds, with 95 % intervals")
+    """MSE of models and references; beside it how much better Aaren is."""
+    draw_cells(folder / "aaren_forecasting.png", metrics["cells"], MEASURES[0])

@@ -37,12 +37,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.comparison import (
-    MODELS,
     ComparisonConfig,
     Measure,
     choose_rate,
     create,
-    draw_differences,
+    draw_cells,
     remember,
     show_cells,
 )
@@ -55,7 +54,6 @@ from experiments.data.reinforcement import (
     trajectory_batches,
     trajectory_windows,
 )
-from experiments.figures import figure
 from experiments.measure import count_parameters
 from experiments.results import summary, table
 from experiments.trainer import fit, progress, schedule
@@ -343,8 +341,7 @@ def show(metrics: Mapping[str, Any]) -> str:
 
 
 def draw(metrics: Mapping[str, Any], folder: Path) -> None:
-    """How the models differ on each data set, as `reinforcement.png`; nothing where there is one model."""
+    """The scores of models and references, and how the models differ; returns where a set has no scores."""
     cells = metrics["cells"]
-    if all(MODELS.keys() <= cell["models"].keys() for cell in cells):
-        with figure(folder / "reinforcement.png", width=6, height=1.5 + 0.3 * len(cells)) as (axis,):
-            draw_differences(axis, cells, MEASURES[0], title="Decision Transformers")
+    scored = all("score" in found for cell in cells for found in cell["models"].values())
+    draw_cells(folder / "aaren_reinforcement.png", cells, MEASURES[0] if scored else MEASURES[1])

@@ -23,6 +23,7 @@ from scipy import stats
 
 import zoo
 from experiments import check_positive, writing
+from experiments.figures import figure
 from experiments.results import table
 from experiments.trainer import DivergedError
 
@@ -33,6 +34,7 @@ __all__ = [
     "choose_rate",
     "count_verdicts",
     "create",
+    "draw_cells",
     "draw_differences",
     "name_of",
     "paired_difference",
@@ -211,6 +213,41 @@ def _interval(difference):
         return "-" if mean is None or not math.isfinite(mean) else f"{mean:+.4g}"
     digits = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 4
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def draw_cells(path: Path, cells: Sequence[Mapping[str, Any]], measure: Measure, *, above: str | None = None) -> None:
+    """What models and references reach in each cell; beside it, of two models, how much better Aaren is.
+
+    Where the name of a reference is given, `above` it, in the direction that is better: for cells of different scales.
+    """
+    pairs = all(MODELS.keys() <= cell["models"].keys() for cell in cells)
+    with figure(path, width=10 if pairs else 6, height=1.6 + 0.26 * len(cells), panels=1 + pairs) as (axis, *rest):
+        _draw_values(axis, cells, measure, above)
+        for differences in rest:
+            draw_differences(differences, cells, measure, title="Pairs of seeds, with 95 % intervals")
+
+
+def _draw_values(axis, cells, measure, above):
+    sign = 1 if measure.higher_is_better or above is None else -1
+    for place, cell in enumerate(cells):
+        found = {MODELS[model]: result[measure.name] for model, result in cell["models"].items()}
+        known = {name: values for name, values in cell["references"].items() if values and measure.name in values}
+        found |= {name: {"mean": values[measure.name], "std": None} for name, values in known.items()}
+        base = 0 if above is None else found.pop(above)["mean"]
+        names = [*MODELS.values(), *cell["references"]]
+        for name, value in found.items():
+            number = names.index(name)
+            axis.errorbar(
+                sign * (value["mean"] - base), place, xerr=value["std"] or 0, fmt="osx|^v"[number], ms=6, capsize=3,
+                color=f"C{number}" if number < len(MODELS) else "0.4", alpha=0.7, label=name,
+            )  # fmt: skip
+    label = measure.label if above is None else f"{measure.label}: better than {above} →"
+    axis.set(xlabel=label, yticks=range(len(cells)), yticklabels=[name_of(cell) for cell in cells])
+    axis.tick_params(axis="y", labelsize="small")
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    once = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(once.values(), once.keys(), fontsize="small")
 
 
 def draw_differences(axis: Axes, cells: Sequence[Mapping[str, Any]], measure: Measure, *, title: str) -> None:

@@ -244,7 +244,7 @@ def test_run_gives_a_cell_with_both_models(finished):
         assert result["stream"]["tokens"] == [4, 8]
     aaren, transformer = (result["parameters"] for result in cell["models"].values())
     assert aaren - transformer == config.width * config.layers  # one learned query for each layer
-    assert {"accuracy.png", "streaming.png"} <= {path.name for path in folder.iterdir()}
+    assert {"aaren_classification.png", "streaming.png"} <= {path.name for path in folder.iterdir()}
 
 
 def test_finished_run_is_not_repeated(finished, monkeypatch):
@@ -277,6 +277,6 @@ def test_several_sets_one_model_and_no_stream_are_shown(finished, tmp_path):
     assert "One token at a time" not in shown
     assert shown.count("| One ") == shown.count("| Two ") == 2
     aaren_classification.draw(metrics, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["accuracy.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["aaren_classification.png"]
     both = {"cells": [cell | {"dataset": name} for name in ("One", "Two")]}
     assert aaren_classification.comparison(both).count("| One ") == 2

@@ -189,11 +189,11 @@ def test_results_are_shown_and_drawn_from_json(tmp_path, monkeypatch):
     monkeypatch.setattr(aaren_events, "load_events", lambda name, **_: known[name])
     found = aaren_events.run(dataclasses.replace(TINY, dataset=tuple(known)), tmp_path)
     write_json(tmp_path / "result.json", found)
-    (tmp_path / "events.png").unlink()
+    (tmp_path / "aaren_events.png").unlink()
     recorded = json.loads((tmp_path / "result.json").read_text())
     shown = aaren_events.show(recorded)
     aaren_events.draw(recorded, tmp_path)
-    assert (tmp_path / "events.png").stat().st_size > 1000
+    assert (tmp_path / "aaren_events.png").stat().st_size > 1000
     nll, rmse, accuracy = (shown.split(f"**{measure.label}**")[1].split("**")[0] for measure in MEASURES)
     assert "| 1.10 ± 0.14 |" in nll
     assert "true process" in nll

@@ -227,11 +227,11 @@ def test_results_are_shown_and_drawn_from_json(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, dataset=("Hopper-own-medium", "ant-medium-v2"))
     found = aaren_reinforcement.run(config, tmp_path)
     write_json(tmp_path / "result.json", found)
-    (tmp_path / "reinforcement.png").unlink()
+    (tmp_path / "aaren_reinforcement.png").unlink()
     recorded = json.loads((tmp_path / "result.json").read_text())
     shown = aaren_reinforcement.show(recorded)
     aaren_reinforcement.draw(recorded, tmp_path)
-    assert (tmp_path / "reinforcement.png").stat().st_size > 1000
+    assert (tmp_path / "aaren_reinforcement.png").stat().st_size > 1000
     assert [name_of(cell) for cell in recorded["cells"]] == ["Hopper-own-medium", "ant-medium-v2"]
     scores, returns, unbroken, facts = (part for part in shown.split("\n\n") if part.startswith("|"))
     assert "ant-medium-v2" not in scores

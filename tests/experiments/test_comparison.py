@@ -111,6 +111,23 @@ def test_figure_puts_what_is_better_to_the_right(measure, side):
     assert np.sign(axis.lines[0].get_xdata()) == side
 
 
+def test_figure_shows_models_and_references(tmp_path, monkeypatch):
+    canvases = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda canvas, *_, **__: canvases.append(canvas))
+    references = {"chance": {"error": 3.0}, "unknown": None}
+    cells = [cell("a", [2, 2.2], [1, 1], ERROR) | {"references": references}]
+    comparison.draw_cells(tmp_path / "a.png", cells, ERROR)
+    comparison.draw_cells(tmp_path / "b.png", cells, ERROR, above="chance")
+    comparison.draw_cells(tmp_path / "c.png", [cells[0] | {"models": {"aaren": cells[0]["models"]["aaren"]}}], ERROR)
+    shown = [
+        {container.get_label(): container.lines[0].get_xdata()[0] for container in canvas.axes[0].containers}
+        for canvas in canvases
+    ]
+    assert shown[0] == pytest.approx({"Aaren": 2.1, "Transformer": 1.0, "chance": 3.0})
+    assert shown[1] == pytest.approx({"Aaren": 0.9, "Transformer": 2.0})
+    assert [len(canvas.axes) for canvas in canvases] == [2, 2, 1]
+
+
 # What is kept
 
 
