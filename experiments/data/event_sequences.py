@@ -540,8 +540,10 @@ def _locate(name: str, source_folder: str | Path | None) -> tuple[tuple[Path, ..
         files = tuple(Path(source_folder, file) for file in known.files)
         if all(file.is_file() for file in files):
             return files, str(source_folder)
+    origin = "The Neural Hawkes Process" if name == "MIMIC" else "Meta Temporal Point Processes"
     raise FileNotFoundError(
-        f"{name} ships in no package: put {', '.join(known.files)} into a folder and give that as source_folder"
+        f"{name} ships in no package: put {', '.join(known.files)}, as published for the code of {origin!r}, into a "
+        f"folder and give that as source_folder"
         f"{f' (not all are in {source_folder})' if source_folder is not None else ''}"
     )
 
