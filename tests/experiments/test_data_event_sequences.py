@@ -231,7 +231,7 @@ def test_other_pickles_are_refused(changes, message, tmp_path, capsys):
 
 
 def test_missing_sets_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"put real/wiki\.npz into a folder and give that as source_folder"):
+    with pytest.raises(FileNotFoundError, match=r"put real/wiki\.npz, as published .*, into a folder and give that as"):
         module.check_events("Wiki")
     with pytest.raises(FileNotFoundError, match=r"data_mimic/fold1/dev.pkl.* \(not all are in"):
         module.check_events("MIMIC", tmp_path)
