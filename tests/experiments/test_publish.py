@@ -5,20 +5,21 @@ import shutil
 
 import pytest
 
-from experiments.publish import DOCS, publish
+from experiments import aaren_study
+from experiments.publish import DOCS, list_pages, publish
 
 PUBLISHED = {
     path.stem: page
     for path in DOCS.glob("*.json")
-    for page in DOCS.glob("*.md")
+    for page in list_pages(DOCS)
     if f"<!-- {path.stem} -->" in page.read_text(encoding="utf-8")
 }
 
 
 def test_every_result_is_published():
     assert set(PUBLISHED) == {
-        "benchmark_neural_memory", "benchmark_recurrences", "byte_language_models", "byte_language_models_memories",
-        "compile_language_models", "forecasting", "memory_ablations", "mqar", "needle_in_a_haystack",
+        *aaren_study.NAMES.values(), "benchmark_neural_memory", "benchmark_recurrences", "byte_language_models",
+        "byte_language_models_memories", "compile_language_models", "forecasting", "memory_ablations", "mqar", "needle_in_a_haystack",
     }  # fmt: skip
 
 
@@ -35,6 +36,14 @@ def test_pages_show_the_recorded_results(name, tmp_path):
     assert (tmp_path / f"{name}.json").read_text() == (DOCS / f"{name}.json").read_text()
     for picture in tmp_path.glob("*.png"):
         assert picture.name in page.read_text(), "a figure that the page does not show"
+
+
+def test_study_is_that_of_the_recorded_results():
+    metrics = {
+        name: json.loads((DOCS / f"{aaren_study.NAMES[name]}.json").read_text())["metrics"]
+        for name in aaren_study.SETTINGS
+    }
+    assert aaren_study.show(metrics) in (DOCS.parent / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_pages_show_no_other_results(tmp_path):
