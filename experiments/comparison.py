@@ -212,7 +212,8 @@ def _interval(difference):
     if low is None or mean is None:
         return "-" if mean is None or not math.isfinite(mean) else f"{mean:+.4g}"
     digits = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 4
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (mean, low, high))  # no -0
+    return f"{mean} [{low}, {high}]"
 
 
 def draw_cells(path: Path, cells: Sequence[Mapping[str, Any]], measure: Measure, *, above: str | None = None) -> None:
@@ -238,7 +239,7 @@ def _draw_values(axis, cells, measure, above):
         for name, value in found.items():
             number = names.index(name)
             axis.errorbar(
-                sign * (value["mean"] - base), place, xerr=value["std"] or 0, fmt="osx|^v"[number], ms=6, capsize=3,
+                sign * (value["mean"] - base), place, xerr=value["std"], fmt="osx|^v"[number], ms=6, capsize=3,
                 color=f"C{number}" if number < len(MODELS) else "0.4", alpha=0.7, label=name,
             )  # fmt: skip
     label = measure.label if above is None else f"{measure.label}: better than {above} →"
@@ -262,6 +263,7 @@ def draw_differences(axis: Axes, cells: Sequence[Mapping[str, Any]], measure: Me
     axis.axvline(0, color="black", lw=0.8)
     axis.set(yticks=range(len(known)), yticklabels=[name for name, _ in known], title=title)
     axis.set_xlabel(f"{measure.label}: Aaren better →")
+    axis.locator_params(axis="x", nbins=6)
     axis.tick_params(axis="y", labelsize="small")
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
