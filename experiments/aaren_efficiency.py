@@ -250,7 +250,8 @@ def _stream_row(setting, model, found):
 def _stream_ratios(setting, models):
     columns = {"bytes of state": "bytes", "time of a step": "seconds_per_token", "time in all": "seconds"}
     aaren, transformer = (models[model] for model in MODELS)
-    return {"setting": setting} | {column: transformer[key] / aaren[key] for column, key in columns.items()}
+    ratios = {column: transformer[key] / aaren[key] for column, key in columns.items()}
+    return {"setting": setting} | {column: round(ratio) if ratio > 100 else ratio for column, ratio in ratios.items()}
 
 
 def _training_rows(found):
@@ -288,6 +289,7 @@ def draw(metrics: Mapping[str, Any], folder: Path) -> None:
         time.set(xlabel="steps", ylabel="seconds", title="Cumulative time, one step at a time")
         training.set(xlabel="tokens", ylabel="tokens per second", title="Training on one sequence")
         for axis in (memory, time, training):
-            axis.set(xscale="log", yscale="log")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize="x-small")
