@@ -49,7 +49,7 @@ def test_desk_sets_are_here():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dataset": ("Reddit",)}, FileNotFoundError, r"put real/reddit\.npz into a folder"),
+        ({"dataset": ("Reddit",)}, FileNotFoundError, r"put real/reddit\.npz, as published .*, into a folder"),
         ({"dataset": ("BikeTrip",)}, ValueError, "did you mean BikeTrips"),
         ({"length": 1}, ValueError, "length: expected at least 2 events, got 1"),
         ({"components": 0}, ValueError, "components: expected positive numbers"),
