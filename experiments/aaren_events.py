@@ -43,6 +43,7 @@ from experiments.comparison import (
     Measure,
     choose_rate,
     create,
+    describe_training,
     draw_cells,
     remember,
     show_cells,
@@ -56,7 +57,6 @@ from experiments.data import (
     load_events,
     pack_events,
 )
-from experiments.measure import count_parameters
 from experiments.results import summary, table
 from experiments.trainer import fit, schedule
 from zoo.point_process import SMALLEST_GAP, Prediction, expected_gap, log_density
@@ -206,12 +206,8 @@ def train(
     tested = evaluate(fitted.models, "test")
     return {
         **{name: summary(np.reshape(values, (config.seeds, -1))[:, best]) for name, values in tested.items()},
-        "learning_rate": config.learning_rates[best],
         "validation_nll": by_rate.mean(axis=0),
-        "parameters": count_parameters(jax.eval_shape(build, jax.random.key(0))),
-        "training_seconds": fitted.seconds,
-        "diverged": fitted.diverged,
-        "history": fitted.history,
+        **describe_training(fitted, config.learning_rates[best], build),
     }
 
 

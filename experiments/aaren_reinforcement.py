@@ -41,6 +41,7 @@ from experiments.comparison import (
     Measure,
     choose_rate,
     create,
+    describe_training,
     draw_cells,
     remember,
     show_cells,
@@ -54,7 +55,6 @@ from experiments.data.reinforcement import (
     trajectory_batches,
     trajectory_windows,
 )
-from experiments.measure import count_parameters
 from experiments.results import summary, table
 from experiments.trainer import fit, progress, schedule
 from zoo.layers import check_choice
@@ -248,12 +248,8 @@ def train(model: str, data: TrajectoryData, config: Config, folder: Path) -> dic
         measures |= _measures("return_without_restarts", "score_without_restarts", found.mean(axis=1), data)
     return {
         **{name: summary(values) for name, values in measures.items()},
-        "learning_rate": config.learning_rates[best],
         "validation_loss": by_rate.mean(axis=0).tolist(),
-        "parameters": count_parameters(jax.eval_shape(build, jax.random.key(0))),
-        "training_seconds": fitted.seconds,
-        "diverged": fitted.diverged,
-        "history": fitted.history,
+        **describe_training(fitted, config.learning_rates[best], build),
     }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
@@ -24,8 +25,9 @@ from scipy import stats
 import zoo
 from experiments import check_positive, writing
 from experiments.figures import figure
+from experiments.measure import count_parameters
 from experiments.results import table
-from experiments.trainer import DivergedError
+from experiments.trainer import DivergedError, Fit
 
 __all__ = [
     "MODELS",
@@ -34,6 +36,7 @@ __all__ = [
     "choose_rate",
     "count_verdicts",
     "create",
+    "describe_training",
     "draw_cells",
     "draw_differences",
     "name_of",
@@ -131,6 +134,17 @@ def choose_rate(by_rate: Float[np.ndarray, "seeds rates"], *, higher_is_better: 
     if not np.isfinite(means).any():
         raise DivergedError("a seed diverged at every learning rate; give lower ones")
     return int(np.argmax(np.where(np.isfinite(means), means, -np.inf)))
+
+
+def describe_training(fitted: Fit, learning_rate: float, build: Callable[[PRNGKeyArray], nnx.Module]) -> dict[str, Any]:
+    """What is kept of a training beside its measures, with the learning rate that is reported."""
+    return {
+        "learning_rate": learning_rate,
+        "parameters": count_parameters(jax.eval_shape(build, jax.random.key(0))),
+        "training_seconds": fitted.seconds,
+        "diverged": fitted.diverged,
+        "history": fitted.history,
+    }
 
 
 # --- Pairs ----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 import zoo
 from experiments import check_positive
-from experiments.comparison import choose_rate
+from experiments.comparison import choose_rate, describe_training
 from experiments.data import (
     SeriesData,
     check_series,
@@ -43,7 +43,6 @@ from experiments.data import (
     series_windows,
 )
 from experiments.figures import figure, marker
-from experiments.measure import count_parameters
 from experiments.results import summary, table
 from experiments.trainer import DivergedError, fit, schedule
 
@@ -215,12 +214,8 @@ def train(stack: str, data: SeriesData, horizon: int, config: Config, folder: Pa
     return {
         "model": stack,
         **{name: summary(np.reshape(values, (config.seeds, -1))[:, best]) for name, values in tested.items()},
-        "learning_rate": config.learning_rates[best],
         "validation_mse": by_rate.mean(axis=0).tolist(),
-        "parameters": count_parameters(jax.eval_shape(build, jax.random.key(0))),
-        "training_seconds": fitted.seconds,
-        "diverged": fitted.diverged,
-        "history": fitted.history,
+        **describe_training(fitted, config.learning_rates[best], build),
     }
 
 

@@ -14,6 +14,7 @@ from experiments.aaren_reinforcement import CLONING, Config
 from experiments.comparison import name_of
 from experiments.data import reinforcement
 from experiments.data.reinforcement import Episode
+from experiments.measure import count_parameters
 from experiments.results import summary, write_json
 
 TINY = Config(
@@ -180,7 +181,7 @@ def test_all_learn_from_the_same_batches_and_differ_by_a_query(tmp_path, monkeyp
         with pytest.raises(InterruptedError):
             aaren_reinforcement.train(model, trajectories(), TINY, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, given[0][:3], given[1][:3])
-    counts = [aaren_reinforcement.count_parameters(found[3]) for found in given.values()]
+    counts = [count_parameters(found[3]) for found in given.values()]
     assert counts[0] - counts[1] == TINY.layers * TINY.width
 
 
