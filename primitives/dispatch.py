@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from jax import lax
 
 TABLE = Path(__file__).with_name("fastest.json")
@@ -30,3 +31,10 @@ def by_platform[T](primitive: str, candidates: Mapping[str, Callable[..., T]], *
     """
     names = {platform: choice["implementation"] for platform, choice in read_table()[primitive].items()} | replaced
     return functools.partial(lax.platform_dependent, **{platform: candidates[name] for platform, name in names.items()})
+
+
+def differentiate_as(form: Callable, kernel: Callable) -> Callable:
+    """A kernel with the derivative of its XLA form: what gradients of gradients need."""
+    call = jax.custom_vjp(kernel)
+    call.defvjp(lambda *inputs: (kernel(*inputs), inputs), lambda inputs, outputs: jax.vjp(form, *inputs)[1](outputs))
+    return call

@@ -245,8 +245,8 @@ def _implementation(implementation, s, v):
         "loop": (_loop_forward, _loop_backward),
         "chunked": (_chunked_forward, _chunked_backward),
         "pallas": (
-            _differentiate_as(_chunked_forward, tpu_kernel.forward),
-            _differentiate_as(_chunked_backward, tpu_kernel.backward),
+            dispatch.differentiate_as(_chunked_forward, tpu_kernel.forward),
+            dispatch.differentiate_as(_chunked_backward, tpu_kernel.backward),
         ),
     }
     if implementation is not None:
@@ -258,13 +258,6 @@ def _implementation(implementation, s, v):
         dispatch.by_platform("prefix_scan_attention", {name: pair[i] for name, pair in pairs.items()}, **guard)
         for i in (0, 1)
     )
-
-
-def _differentiate_as(form, kernel):
-    """A kernel with the derivative of its XLA form: what gradients of gradients need."""
-    call = jax.custom_vjp(kernel)
-    call.defvjp(lambda *inputs: (kernel(*inputs), inputs), lambda inputs, outputs: jax.vjp(form, *inputs)[1](outputs))
-    return call
 
 
 def _gates(s, reset, m0, u0, m, u):
