@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
 from experiments import ExperimentError, check_positive
-from experiments.compile_prefix_scan import tpu_devices
 from experiments.measure import count_parameters
 from experiments.results import table
+from experiments.tpu_compiler import tpu_devices
 from experiments.trainer import progress
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

@@ -54,8 +54,9 @@ def insert(docs: Path, name: str, text: str) -> Path:
 
 
 def list_pages(docs: Path) -> list[Path]:
-    """The pages that show results: those of the folder, and experiments/RESULTS.md beside it."""
-    return [*sorted(docs.glob("*.md")), *docs.parent.glob("experiments/RESULTS.md")]
+    """The pages that show results: those of the folder, and beside it those of the experiments and of the kernels."""
+    beside = (docs.parent / page for page in ("experiments/RESULTS.md", "pallas_kernels/README.md"))
+    return [*sorted(docs.glob("*.md")), *(page for page in beside if page.exists())]
 
 
 def _module(result):

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.tpu import delta_rule as tpu_kernel
 from primitives import contract
 from primitives.decays import (
     chunk_decays,
@@ -27,18 +28,25 @@ from primitives.decays import (
     transposed,
 )
 from primitives.linear_attention import (
+    KEPT,
+    Options,
+    between_kept,
     check_chunk_size,
     check_heads,
+    choose,
     decay_gradient,
     from_chunks,
     in_blocks,
+    join_kept,
     over_chunks,
     prepare,
     run_tokens,
+    split_kept,
     to_chunks,
+    widened,
 )
 
-IMPLEMENTATIONS = ("sequential", "chunked")
+IMPLEMENTATIONS = ("sequential", "chunked", "pallas")
 
 
 class DeltaRuleState(NamedTuple):
@@ -87,33 +95,34 @@ def delta_rule(
         chunk_size: Tokens whose corrections are solved for together in the chunked form, a power of two; by default 32.
             It changes rounding only.
         implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls
-            in chunks, with a reverse rule of its own that keeps inputs and a memory for each chunk), or `None`:
-            chunked where the length is static. One time step is one step of the recurrence under every name.
+            in chunks), ``"pallas"`` (the TPU kernel), or `None`: what is fastest on the platform that the call is
+            lowered for, see `primitives.dispatch`, and sequential where the length is symbolic. All but the first have
+            a reverse rule of their own that keeps inputs and a memory for every 128 tokens. One time step is one step
+            of the recurrence under every name.
 
     Returns:
         Outputs in the dtype of `v` with the largest number of heads, and the state after the last token.
 
     Raises:
         ValueError: Shapes that do not fit together, a length of zero, a chunk that is no power of two, an unknown
-            implementation.
+            implementation, or ``"pallas"`` for inputs that the kernel cannot serve; the message says why.
         TypeError: Dtypes that are not floating point (q, k, v, beta, log_decay) or not integer (segment ids), a foreign
             state.
     """
     sizes = check_heads(q, k, v, log_decay, state, DeltaRuleState, segment_ids, beta=beta)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
     chunk_size = check_chunk_size(chunk_size, sizes["time"], 32)
-    tokens, state, segments = prepare(q, k, v, log_decay, state, DeltaRuleState, segment_ids, scale, beta)
-    chunked = functools.partial(_chunked, chunk_size)
-    outputs, state = run_tokens(_step, chunked, implementation, tokens, state, segments)
-    return outputs.astype(v.dtype), state
+    tokens, state, segments = prepare(q, k, v, log_decay, state, DeltaRuleState, segment_ids, beta)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, chunk_size, implementation)
+    return run_tokens(_step, _scan, options, tokens, state, segments)
 
 
-def _step(memory, token):
+def _step(scale, memory, token):
     q, k, v, g, beta = token
     memory = jnp.exp(g)[..., None] * memory
     written = beta * (v - matmul("bhk,bhkv->bhv", k, memory))
     memory = memory + k[..., None] * written[..., None, :]
-    return memory, matmul("bhrk,bhkv->bhrv", q, memory)
+    return memory, matmul("bhrk,bhkv->bhrv", scale * q, memory)
 
 
 # --- Chunks -------------------------------------------------------------------------------------------------------
@@ -128,8 +137,24 @@ def _step(memory, token):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk, q, k, v, g, beta, memory):
-    return _chunked_forward(chunk, q, k, v, g, beta, memory)[0]
+def _scan(options, *inputs):
+    return _choose(options, inputs, keep=False)[0](*inputs)[0]
+
+
+def _scan_forward(options, *inputs):
+    results, memories = _choose(options, inputs)[0](*inputs)
+    return results, (*inputs[:-1], memories)
+
+
+def _scan_backward(options, residuals, cotangents):
+    return _choose(options, residuals)[1](*residuals, *cotangents)
+
+
+def _choose(options, tokens, keep=True):
+    return choose("delta_rule", tpu_kernel, (_chunked_forward, _chunked_backward), options, tokens, keep)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 class _Terms(NamedTuple):
@@ -164,34 +189,32 @@ def _readers(q, k):
 def _pass_on(memory, chunk):
     """From the memory before a chunk to that after it, and the former; the same, backwards, for cotangents."""
     transition, added = chunk
-    return matmul("bhkl,bhlv->bhkv", transition, memory) + added, memory
+    return matmul("...kl,...lv->...kv", transition, memory) + added, memory
 
 
-def _chunked_forward(chunk, q, k, v, g, beta, memory):
+def _chunked_forward(options, q, k, v, g, beta, memory):
     def block(memory, tokens):
-        q, k, v, g, beta = (to_chunks(x, chunk) for x in tokens)
-        decays = chunk_decays(g)
+        q, k, v, g, beta = (to_chunks(x, chunk) for x in widened(tokens, memory))
+        q, decays = options.scale * q, chunk_decays(g)
         terms = _terms(q, k, v, beta, decays)
         memory, memories = over_chunks(_pass_on, memory, (terms.transition, terms.added))
         written = terms.write - matmul("...ck,...kv->...cv", terms.erase, memories)
         outputs = matmul("...rij,...jv->...riv", terms.scores, written)
         outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
-        return memory, (from_chunks(outputs), memories)
+        return memory, (from_chunks(outputs).astype(dtype), memories[:: kept // chunk])
 
-    tokens = q, k, v, g, beta
-    memory, (outputs, memories) = lax.scan(block, memory, in_blocks(tokens, chunk))
-    return (contract.unchunk_time(outputs, q.shape[1]), memory), (tokens, memories)
+    chunk, kept, dtype = options.chunk_size, max(options.chunk_size, KEPT), v.dtype
+    memory, (outputs, memories) = lax.scan(block, memory, in_blocks((q, k, v, g, beta), chunk))
+    return (contract.unchunk_time(outputs, q.shape[1]), memory), join_kept(memories, q.shape[1], kept)
 
 
-def _chunked_backward(chunk, residuals, cotangents):
-    tokens, memories = residuals
-    do, dmemory = cotangents
-
+def _chunked_backward(options, q, k, v, g, beta, memories, do, dmemory):
     def block(dmemory, inputs):
-        (*tokens, do), memories = inputs
-        q, k, v, g, beta, do = (to_chunks(x, chunk) for x in (*tokens, do))
-        decays = chunk_decays(g)
+        tokens, kept = inputs
+        q, k, v, g, beta, do = (to_chunks(x, chunk) for x in widened(tokens, dmemory))
+        q, decays = scale * q, chunk_decays(g)
         terms = _terms(q, k, v, beta, decays)
+        memories = between_kept(_pass_on, kept, (terms.transition, terms.added))
         from_start, to_end = decays.from_start, decays.to_end
         missing = v - matmul("...ck,...kv->...cv", k * from_start, memories)
         written = terms.write - matmul("...ck,...kv->...cv", terms.erase, memories)
@@ -215,11 +238,10 @@ def _chunked_backward(chunk, residuals, cotangents):
         dbeta = jnp.sum(missing * dright, axis=-1) + jnp.sum(dsolved * terms.overlaps, axis=-1)
         past = jnp.sum(q * dq, axis=-3) + k * (dk_reads - dk_within)
         dg = decay_gradient(past, k * dk_beyond, decays.total * jnp.sum(memories * dmemories, axis=-1), g)
-        gradients = dq, dk_reads + dk_within + dk_beyond, beta * dright, dg, dbeta[..., None]
-        return dmemory, tuple(map(from_chunks, gradients))
+        gradients = scale * dq, dk_reads + dk_within + dk_beyond, beta * dright, dg, dbeta[..., None]
+        return dmemory, tuple(from_chunks(x).astype(y.dtype) for x, y in zip(gradients, tokens, strict=False))
 
-    dmemory, gradients = lax.scan(block, dmemory, (in_blocks((*tokens, do), chunk), memories), reverse=True)
+    scale, chunk = options.scale, options.chunk_size
+    blocks = in_blocks((q, k, v, g, beta, do), chunk)
+    dmemory, gradients = lax.scan(block, dmemory, (blocks, split_kept(memories, len(blocks[0]))), reverse=True)
     return *(contract.unchunk_time(x, do.shape[1]) for x in gradients), dmemory
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from primitives import contract
+from pallas_kernels.tpu import linear_attention as tpu_kernel
+from primitives import contract, dispatch
 from primitives.decays import (
     FLOOR,
     chunk_decays,
@@ -27,8 +28,9 @@ from primitives.decays import (
     transposed,
 )
 
-IMPLEMENTATIONS = ("sequential", "chunked")
+IMPLEMENTATIONS = ("sequential", "chunked", "pallas")
 BLOCK = 512  # tokens whose chunks are computed at once; changes rounding only
+KEPT = 128  # tokens, or one chunk if that is longer, for which reverse rules keep one memory; as the kernels do
 
 
 class LinearAttentionState(NamedTuple):
@@ -73,25 +75,26 @@ def linear_attention(
         chunk_size: Tokens that see each other through one matrix of scores in the chunked form, a power of two; by
             default 64, or 32 with a decay for each key channel. It changes rounding only.
         implementation: ``"sequential"`` (the definition, a scan over time; also forward mode), ``"chunked"`` (matmuls
-            in chunks, with a reverse rule of its own that keeps inputs and a memory for each chunk), or `None`:
-            chunked where the length is static. One time step is one step of the recurrence under every name.
+            in chunks), ``"pallas"`` (the TPU kernel), or `None`: what is fastest on the platform that the call is
+            lowered for, see `primitives.dispatch`, and sequential where the length is symbolic. All but the first have
+            a reverse rule of their own that keeps inputs and a memory for every `KEPT` tokens. One time step is one
+            step of the recurrence under every name.
 
     Returns:
         Outputs in the dtype of `v` with the largest number of heads, and the state after the last token.
 
     Raises:
         ValueError: Shapes that do not fit together, a length of zero, a chunk that is no power of two, an unknown
-            implementation.
+            implementation, or ``"pallas"`` for inputs that the kernel cannot serve; the message says why.
         TypeError: Dtypes that are not floating point (q, k, v, log_decay) or not integer (segment ids), a foreign
             state.
     """
     sizes = check_heads(q, k, v, log_decay, state, LinearAttentionState, segment_ids)
     contract.check_implementation(implementation, IMPLEMENTATIONS)
     chunk_size = check_chunk_size(chunk_size, sizes["time"], 64 if log_decay is None or log_decay.ndim < 4 else 32)
-    tokens, state, segments = prepare(q, k, v, log_decay, state, LinearAttentionState, segment_ids, scale)
-    chunked = functools.partial(_chunked, chunk_size)
-    outputs, state = run_tokens(_step, chunked, implementation, tokens, state, segments)
-    return outputs.astype(v.dtype), state
+    tokens, state, segments = prepare(q, k, v, log_decay, state, LinearAttentionState, segment_ids)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, chunk_size, implementation)
+    return run_tokens(_step, _scan, options, tokens, state, segments)
 
 
 # --- What the delta rule shares -----------------------------------------------------------------------------------
@@ -137,25 +140,33 @@ def check_chunk_size(chunk_size: int | None, time: Any, default: int) -> int:
     return chunk_size
 
 
-def prepare(q, k, v, log_decay, state, kind, segment_ids, scale, *gates):
-    """Tokens ``(q, k, v, g, *gates)`` in the precision of sums, with the heads of the state; the state; the segments.
+class Options(NamedTuple):
+    """What is static in a call."""
 
-    Queries are scaled and ``[batch, time, state_heads, queries, key_dim]``; g is ``[batch, time, state_heads,
-    channels]``, and so are gates, with one channel. A reset is a decay of zero, and padding a token that adds nothing
-    and decays nothing: no solver has to know.
+    scale: float
+    chunk_size: int
+    implementation: str | None
+
+
+def prepare(q, k, v, log_decay, state, kind, segment_ids, *gates):
+    """Tokens ``(q, k, v, g, *gates)`` with the heads of the state; the state; the segments.
+
+    Queries are ``[batch, time, state_heads, queries, key_dim]``; q, k and v keep their dtypes, in which kernels read
+    them. g is ``[batch, time, state_heads, channels]``, and so are gates, with one channel, all in the precision of
+    sums. A reset is a decay of zero, and padding a token that adds nothing and decays nothing: no solver has to know.
     """
     heads, most = max(k.shape[2], v.shape[2]), max(q.shape[2], k.shape[2], v.shape[2])
     inputs = (q, k, v, *gates, *(() if log_decay is None else [log_decay]), *(state or ())[:1])
     dtype = contract.accumulation_dtype(*inputs)
-    q, k, v = (repeat_heads(x, n).astype(dtype) for x, n in ((q, most), (k, heads), (v, heads)))
-    q = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).reshape(*q.shape[:2], heads, most // heads, -1)
+    q, k, v = (repeat_heads(x, n) for x, n in ((q, most), (k, heads), (v, heads)))
+    q = q.reshape(*q.shape[:2], heads, most // heads, -1)
     if state is None:
-        empty = contract.empty_memory(k[:, 0, :, :, None] * v[:, 0, :, None, :])
+        empty = contract.empty_memory(k[:, 0, :, :, None] * v[:, 0, :, None, :], dtype)
         state = kind(empty, contract.fresh_counter(segment_ids, k.shape[0]))
     if log_decay is None:
-        g = contract.fresh_like(k[..., :1], 0)
+        g = contract.fresh_like(k[..., :1], 0, dtype)
     elif log_decay.ndim == 1:
-        g = log_decay[:, None].astype(dtype) + contract.fresh_like(k[..., :1], 0)
+        g = log_decay[:, None].astype(dtype) + contract.fresh_like(k[..., :1], 0, dtype)
     else:
         g = log_decay.astype(dtype).reshape(*k.shape[:3], -1)
     segments = contract.segments(segment_ids, state.segment)
@@ -171,30 +182,82 @@ def repeat_heads(x, heads):
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def run_tokens(step, chunked, implementation, tokens, state, segments):
+def run_tokens(step, scan, options, tokens, state, segments):
     """One step, all of them in a scan, or all in chunks: outputs ``[batch, time, heads, value_dim]`` and the state."""
-    time = tokens[0].shape[1]
+    time, dtype = tokens[0].shape[1], tokens[2].dtype
+    step = functools.partial(step, options.scale)
     if time == 1:
-        memory, outputs = step(state.memory, jax.tree.map(lambda x: x[:, 0], tokens))
+        memory, outputs = step(state.memory, widened(jax.tree.map(lambda x: x[:, 0], tokens), state.memory))
         outputs = outputs[:, None]
-    elif implementation == "chunked" and not isinstance(time, int):
+    elif options.implementation == "chunked" and not isinstance(time, int):
         raise ValueError(f"time: expected a static length for implementation 'chunked', got {time}")
-    elif implementation == "sequential" or not isinstance(time, int):
-        memory, outputs = lax.scan(step, state.memory, jax.tree.map(lambda x: x.swapaxes(0, 1), tokens))
+    elif options.implementation == "sequential" or (options.implementation is None and not isinstance(time, int)):
+        tokens = widened(jax.tree.map(lambda x: x.swapaxes(0, 1), tokens), state.memory)
+        memory, outputs = lax.scan(step, state.memory, tokens)
         outputs = outputs.swapaxes(0, 1)
     else:
-        outputs, memory = chunked(*contract.vary_together(*tokens, state.memory))
-    outputs = outputs.reshape(*outputs.shape[:2], -1, outputs.shape[-1])
+        outputs, memory = scan(options, *contract.vary_together(*tokens, state.memory))
+    outputs = outputs.reshape(*outputs.shape[:2], -1, outputs.shape[-1]).astype(dtype)
     return contract.mask_padding(outputs, segments.valid), state._replace(memory=memory, segment=segments.last)
+
+
+def widened(tokens, memory):
+    """Tokens in the precision of the memory."""
+    return tuple(x.astype(memory.dtype) for x in tokens)
+
+
+def choose(primitive, kernel, forms, options, tokens, keep=True):
+    """The (forward, backward) pair to run; for `None` each chooses when it is lowered.
+
+    Forward functions return outputs and memory, and the memories that backward ones need, or `None` without `keep`.
+
+    Raises:
+        ValueError: ``"pallas"`` for what the kernel refuses.
+    """
+    forward, backward = (functools.partial(form, options) for form in forms)
+    kernels = functools.partial(kernel.forward, options.scale), functools.partial(kernel.backward, options.scale)
+    if keep:
+        pairs = {"pallas": tuple(map(dispatch.differentiate_as, (forward, backward), kernels))}
+    else:
+        pairs = {"pallas": (functools.partial(kernels[0], save=False), None)}
+        forward = _without_memories(forward)
+    pairs["chunked"] = forward, backward
+    if options.implementation == "chunked":
+        return pairs["chunked"]
+    reason = refusal(kernel, options, *tokens)
+    if options.implementation == "pallas":
+        if reason:
+            raise ValueError(f"implementation: 'pallas' cannot serve these inputs: {reason}")
+        return pairs["pallas"]
+    guard = {"tpu": "chunked"} if reason or is_narrow(*tokens) else {}
+    return tuple(
+        dispatch.by_platform(primitive, {name: pair[i] for name, pair in pairs.items()}, **guard) for i in (0, 1)
+    )
+
+
+def _without_memories(forward):
+    return lambda *inputs: (forward(*inputs)[0], None)
+
+
+def refusal(kernel, options, q, k, v, g, *_):
+    """Why a kernel cannot serve these inputs, or `None`."""
+    if options.chunk_size > KEPT:
+        return f"its chunks have {KEPT} tokens, got chunk_size={options.chunk_size}"
+    return kernel.refusal(q, k, v, g)
+
+
+def is_narrow(q, k, v, *_):
+    """Whether heads leave most of a TPU's lanes empty, so that XLA, which may transpose them, serves them better."""
+    return bool(k.shape[-1] % 32 or v.shape[-1] % 32)
 
 
 # --- The recurrence -----------------------------------------------------------------------------------------------
 
 
-def _step(memory, token):
+def _step(scale, memory, token):
     q, k, v, g = token
     memory = jnp.exp(g)[..., None] * memory + k[..., None] * v[..., None, :]
-    return memory, matmul("bhrk,bhkv->bhrv", q, memory)
+    return memory, matmul("bhrk,bhkv->bhrv", scale * q, memory)
 
 
 # --- Chunks -------------------------------------------------------------------------------------------------------
@@ -209,34 +272,49 @@ def _step(memory, token):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk, q, k, v, g, memory):
-    return _chunked_forward(chunk, q, k, v, g, memory)[0]
+def _scan(options, *inputs):
+    return _choose(options, inputs, keep=False)[0](*inputs)[0]
 
 
-def _chunked_forward(chunk, q, k, v, g, memory):
+def _scan_forward(options, *inputs):
+    results, memories = _choose(options, inputs)[0](*inputs)
+    return results, (*inputs[:-1], memories)
+
+
+def _scan_backward(options, residuals, cotangents):
+    return _choose(options, residuals)[1](*residuals, *cotangents)
+
+
+def _choose(options, tokens, keep=True):
+    return choose("linear_attention", tpu_kernel, (_chunked_forward, _chunked_backward), options, tokens, keep)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _chunked_forward(options, q, k, v, g, memory):
     def block(memory, tokens):
-        q, k, v, g = (to_chunks(x, chunk) for x in tokens)
-        decays = chunk_decays(g)
+        q, k, v, g = (to_chunks(x, chunk) for x in widened(tokens, memory))
+        q, decays = options.scale * q, chunk_decays(g)
         added = matmul("...kc,...cv->...kv", transposed(k * decays.to_end), v)
         memory, memories = over_chunks(_pass_on, memory, (decays.total, added))
         outputs = matmul("...rij,...jv->...riv", decayed_scores(q, k, decays), v)
         outputs += matmul("...rik,...kv->...riv", q * decays.from_start[..., None, :, :], memories)
-        return memory, (from_chunks(outputs), memories)
+        return memory, (from_chunks(outputs).astype(dtype), memories[:: kept // chunk])
 
-    tokens = in_blocks((q, k, v, g), chunk)
-    memory, (outputs, memories) = lax.scan(block, memory, tokens)
-    return (contract.unchunk_time(outputs, q.shape[1]), memory), (q, k, v, g, memories)
+    chunk, kept, dtype = options.chunk_size, max(options.chunk_size, KEPT), v.dtype
+    memory, (outputs, memories) = lax.scan(block, memory, in_blocks((q, k, v, g), chunk))
+    return (contract.unchunk_time(outputs, q.shape[1]), memory), join_kept(memories, q.shape[1], kept)
 
 
-def _chunked_backward(chunk, residuals, cotangents):
-    *tokens, memories = residuals
-    do, dmemory = cotangents
-
+def _chunked_backward(options, q, k, v, g, memories, do, dmemory):
     def block(dmemory, inputs):
-        (*tokens, do), memories = inputs
-        q, k, v, g, do = (to_chunks(x, chunk) for x in (*tokens, do))
-        decays = chunk_decays(g)
+        tokens, kept = inputs
+        q, k, v, g, do = (to_chunks(x, chunk) for x in widened(tokens, dmemory))
+        q, decays = scale * q, chunk_decays(g)
         from_start, to_end = decays.from_start[..., None, :, :], decays.to_end
+        added = matmul("...kc,...cv->...kv", transposed(k * to_end), v)
+        memories = between_kept(_pass_on, kept, (decays.total, added))
         scores = decayed_scores(q, k, decays)
         read = matmul("...kc,...cv->...kv", transposed(join_queries(q * from_start)), join_queries(do))
         dmemory, dmemories = over_chunks(_pass_on, dmemory, (decays.total, read), reverse=True)
@@ -248,14 +326,13 @@ def _chunked_backward(chunk, residuals, cotangents):
         dv += matmul("...jk,...kv->...jv", k * to_end, dmemories)
         past = jnp.sum(q * dq, axis=-3) - k * dk_within
         dg = decay_gradient(past, k * dk_beyond, decays.total * jnp.sum(memories * dmemories, axis=-1), g)
-        return dmemory, tuple(map(from_chunks, (dq, dk_within + dk_beyond, dv, dg)))
+        gradients = scale * dq, dk_within + dk_beyond, dv, dg
+        return dmemory, tuple(from_chunks(x).astype(y.dtype) for x, y in zip(gradients, tokens, strict=False))
 
-    blocks = in_blocks((*tokens, do), chunk)
-    dmemory, gradients = lax.scan(block, dmemory, (blocks, memories), reverse=True)
+    scale, chunk = options.scale, options.chunk_size
+    blocks = in_blocks((q, k, v, g, do), chunk)
+    dmemory, gradients = lax.scan(block, dmemory, (blocks, split_kept(memories, len(blocks[0]))), reverse=True)
     return *(contract.unchunk_time(x, do.shape[1]) for x in gradients), dmemory
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _pass_on(memory, chunk):
@@ -285,10 +362,31 @@ def decay_gradient(past, beyond, carried, g):
 
 def in_blocks(tokens, chunk):
     """Tokens as blocks of whole chunks, ``[blocks, batch, block, ...]``, with empty tokens at the end."""
-    chunks = -(-tokens[0].shape[1] // chunk)
-    blocks = -(-chunks * chunk // BLOCK)
-    block = -(-chunks // blocks) * chunk
+    time = tokens[0].shape[1]
+    unit = chunk if time <= KEPT else max(chunk, KEPT)
+    blocks = -(-time // BLOCK)
+    block = -(-time // (blocks * unit)) * unit
     return tuple(contract.chunk_time(contract.pad_time(x, block, 0), block) for x in tokens)
+
+
+def join_kept(memories, time, kept):
+    """Memories of blocks, ``[blocks, memories, batch, ...]``, as ``[batch, memories, ...]``, one for `kept` tokens."""
+    memories = jnp.moveaxis(memories, 2, 0)
+    return memories.reshape(len(memories), -1, *memories.shape[3:])[:, : -(-time // kept)]
+
+
+def split_kept(memories, blocks):
+    """The inverse of `join_kept`; nothing reads a memory behind the last token."""
+    padding = [(0, 0), (0, -memories.shape[1] % blocks)] + [(0, 0)] * (memories.ndim - 2)
+    memories = jnp.pad(memories, padding)
+    return jnp.moveaxis(memories.reshape(len(memories), blocks, -1, *memories.shape[2:]), 0, 2)
+
+
+def between_kept(pass_on, kept, chunks):
+    """The memory before each chunk of a block, from those that were kept."""
+    chunks = (x.reshape(len(kept), -1, *x.shape[1:]).swapaxes(0, 1) for x in chunks)
+    _, memories = over_chunks(pass_on, kept, tuple(chunks))
+    return memories.swapaxes(0, 1).reshape(-1, *kept.shape[1:])
 
 
 def to_chunks(x, chunk):

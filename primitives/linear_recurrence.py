@@ -9,6 +9,7 @@ A reset is a decay of 0, padding is a decay of 1 with an input of 0; so nothing 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact, Int
 
+from pallas_kernels.tpu import linear_recurrence as tpu_kernel
 from primitives import contract, dispatch
 
-IMPLEMENTATIONS = ("sequential", "associative", "loop")
+IMPLEMENTATIONS = ("sequential", "associative", "loop", "pallas")
 CHUNK = 64  # of the associative form; it changes rounding only
+FILLED = 128  # channels from which on `None` is the kernel on a TPU: it keeps them along the lanes of registers
 
 
 class LinearRecurrenceState(NamedTuple):
@@ -50,17 +53,18 @@ def linear_recurrence(
         segment_ids: Documents packed in a row; the state is zero before each. Negative ids are padding, with zero
             outputs and zero gradients. `None`: the carried document goes on, no padding.
         implementation: ``"sequential"`` (the definition, a scan over time), ``"associative"`` (`lax.associative_scan`
-            in chunks), ``"loop"`` (in place, with a reverse rule of its own that keeps decay and states), or `None`:
-            what is fastest on the platform that the call is lowered for, see `primitives.dispatch`, with that reverse
-            rule. The first two also support forward mode. One time step is one step of the recurrence under every name.
+            in chunks), ``"loop"`` (in place), ``"pallas"`` (the TPU kernel), or `None`: what is fastest on the platform
+            that the call is lowered for, see `primitives.dispatch`. The first two also support forward mode; the others
+            have a reverse rule of their own that keeps decay and states. One time step is one step of the recurrence
+            under every name.
 
     Returns:
         The states of all tokens in the dtype of `inputs`, or complex64 (complex128 for float64) where only the decay
         is complex; and the state after the last token.
 
     Raises:
-        ValueError: Shapes that do not fit together, a length of zero, an unknown implementation, or ``"associative"``
-            for a symbolic length.
+        ValueError: Shapes that do not fit together, a length of zero, an unknown implementation, ``"associative"`` for
+            a symbolic length, or ``"pallas"`` for inputs that the kernel cannot serve; the message says why.
         TypeError: Dtypes that are neither real nor complex floating point (decay, inputs) or not integer (segment ids),
             a foreign state, a complex state of a real recurrence.
     """
@@ -81,10 +85,12 @@ def linear_recurrence(
     dtype = contract.accumulation_dtype(decay, inputs, *(() if state is None else state[:1]))
     state = _fresh_state(inputs, segment_ids, dtype) if state is None else state
     valid, reset, last = contract.segments(segment_ids, state.segment)
+    # bfloat16 stays as narrow as it comes, and a real decay of complex numbers real: less memory to move.
     decay = jnp.expand_dims(decay, tuple(range(inputs.ndim - decay.ndim)))
-    # A real decay of complex numbers stays real: half of the memory and of the work.
-    decay = decay.astype(dtype if jnp.iscomplexobj(decay) else jnp.finfo(dtype).dtype)
-    x, hidden = contract.mask_padding(inputs.astype(dtype), valid), state.hidden.astype(dtype)
+    if decay.dtype != jnp.bfloat16:
+        decay = decay.astype(dtype if jnp.iscomplexobj(decay) else jnp.finfo(dtype).dtype)
+    x = contract.mask_padding(inputs.astype(dtype if outputs_dtype != jnp.bfloat16 else outputs_dtype), valid)
+    hidden = state.hidden.astype(dtype)
 
     if inputs.shape[1] == 1:
         scan = _step
@@ -96,6 +102,8 @@ def linear_recurrence(
         if decay.shape[1] == 1:
             # As large as a state: its cotangent is then summed up over time only, in place, and over the rest once.
             decay += contract.fresh_like(hidden if jnp.iscomplexobj(decay) else hidden.real, 0)[:, None]
+        if implementation == "pallas" and (reason := tpu_kernel.refusal(decay, x, hidden)):
+            raise ValueError(f"implementation: 'pallas' cannot serve these inputs: {reason}")
         decay, x, hidden = contract.vary_together(decay, x, hidden)
         scan = functools.partial(_scan, implementation)
     states, hidden = scan(decay, x, valid, reset, hidden)
@@ -170,6 +178,7 @@ def _scan_chunks(gates, x, hidden, reverse=False):
         states += decay * hidden[:, None]
         return states[:, 0 if reverse else -1], states
 
+    gates, x = gates.astype(jnp.promote_types(gates.dtype, jnp.finfo(hidden.dtype).dtype)), x.astype(hidden.dtype)
     chunks = tuple(
         contract.chunk_time(contract.pad_time(array, CHUNK, fill), CHUNK) for array, fill in ((gates, 1), (x, 0))
     )
@@ -186,13 +195,14 @@ def _scan(implementation, decay, x, valid, reset, hidden):
 
 
 def _scan_forward(implementation, decay, x, valid, reset, hidden):
-    forward, _ = _implementation(implementation, x.shape[1])
+    forward, _ = _implementation(implementation, decay, x, hidden)
     states, final = forward(decay, x, valid, reset, hidden)
     return (states, final), (decay, valid, reset, hidden, states)
 
 
 def _scan_backward(implementation, residuals, cotangents):
-    _, backward = _implementation(implementation, residuals[-1].shape[1])
+    decay, _, _, hidden, states = residuals
+    _, backward = _implementation(implementation, decay, states, hidden)
     ddecay, dx, dhidden = backward(*residuals, *cotangents)
     return ddecay, dx, None, None, dhidden
 
@@ -200,12 +210,23 @@ def _scan_backward(implementation, residuals, cotangents):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _implementation(implementation, time):
+def _implementation(implementation, decay, x, hidden):
     """The (forward, backward) pair to run; for `None` each chooses when it is lowered."""
-    pairs = {"loop": (_loop, _loop_backward), "associative": (_associative, _associative_backward)}
+    pairs = {
+        "loop": (_loop, _loop_backward),
+        "associative": (_associative_forward, _associative_backward),
+        "pallas": (
+            dispatch.differentiate_as(_associative_forward, tpu_kernel.forward),
+            dispatch.differentiate_as(_associative_backward, tpu_kernel.backward),
+        ),
+    }
     if implementation is not None:
         return pairs[implementation]
-    guard = {} if isinstance(time, int) else dict.fromkeys(("tpu", "cuda", "default"), "loop")
+    guard = {}
+    if not isinstance(x.shape[1], int):
+        guard = dict.fromkeys(("tpu", "cuda", "default"), "loop")
+    elif tpu_kernel.refusal(decay, x, hidden) or math.prod(x.shape[2:]) < FILLED:
+        guard = {"tpu": "associative"}
     return tuple(
         dispatch.by_platform("linear_recurrence", {name: pair[i] for name, pair in pairs.items()}, **guard)
         for i in (0, 1)
@@ -251,6 +272,11 @@ def _loop_backward(decay, valid, reset, hidden, states, dstates, dhidden):
     return ddecay, dx, dhidden
 
 
+def _associative_forward(decay, x, valid, reset, hidden):
+    states, hidden = _associative(decay, x, valid, reset, hidden)
+    return states.astype(x.dtype), hidden
+
+
 def _associative_backward(decay, valid, reset, hidden, states, dstates, dhidden):
     every = gates(decay, states.shape[1], valid, reset)
     after = jnp.concatenate([every[:, 1:], jnp.ones_like(every[:, :1])], axis=1)
@@ -258,4 +284,4 @@ def _associative_backward(decay, valid, reset, hidden, states, dstates, dhidden)
     before = jnp.concatenate([hidden[:, None], states[:, :-1]], axis=1)
     _, pull = jax.vjp(lambda decay, before: gates(decay, states.shape[1], valid, reset) * before, decay, before)
     ddecay, dbefore = pull(dx)
-    return ddecay, dx, dbefore[:, 0]
+    return ddecay, dx.astype(states.dtype), dbefore[:, 0]

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.tpu import selective_scan as tpu_kernel
 from primitives import contract, dispatch
-from primitives.linear_recurrence import compose
+from primitives.linear_recurrence import FILLED, compose
 
-IMPLEMENTATIONS = ("sequential", "associative", "loop")
+IMPLEMENTATIONS = ("sequential", "associative", "loop", "pallas")
 CHUNK = 64  # tokens per state that is kept, at most; it changes rounding only
 
 
@@ -61,17 +62,18 @@ def selective_scan(
         segment_ids: Documents packed in a row; the state is zero before each. Negative ids are padding, with zero
             outputs and zero gradients. `None`: the carried document goes on, no padding.
         implementation: ``"sequential"`` (the definition, a scan over time), ``"associative"`` (`lax.associative_scan`
-            in chunks), ``"loop"`` (in place, with a reverse rule of its own that keeps one state per `CHUNK` tokens),
-            or `None`: what is fastest on the platform that the call is lowered for, see `primitives.dispatch`, with
-            that reverse rule. The first two also support forward mode, and the first, of which the gradient keeps a
-            state per token, serves symbolic lengths. One time step is one step of the recurrence under every name.
+            in chunks), ``"loop"`` (in place), ``"pallas"`` (the TPU kernel), or `None`: what is fastest on the platform
+            that the call is lowered for, see `primitives.dispatch`. The first two also support forward mode, and the
+            first, of which the gradient keeps a state per token, serves symbolic lengths; the others have a reverse
+            rule of their own that keeps one state per `CHUNK` tokens. One time step is one step of the recurrence under
+            every name.
 
     Returns:
         Outputs in the dtype of `x`, and the state after the last token.
 
     Raises:
-        ValueError: Shapes that do not fit together, a length of zero, an unknown implementation, or a form in chunks
-            for a symbolic length.
+        ValueError: Shapes that do not fit together, a length of zero, an unknown implementation, a form in chunks for a
+            symbolic length, or ``"pallas"`` for inputs that the kernel cannot serve; the message says why.
         TypeError: Dtypes that are not floating point or not integer (segment ids), a foreign state.
     """
     contract.check_shapes(
@@ -92,7 +94,8 @@ def selective_scan(
     dtype = contract.accumulation_dtype(x, dt, a, b, c, *(() if state is None else state[:1]))
     state = _fresh_state(x, a, segment_ids, dtype) if state is None else state
     valid, reset, last = contract.segments(segment_ids, state.segment)
-    x, dt, b, c = (contract.mask_padding(array.astype(dtype), valid) for array in (x, dt, b, c))
+    narrow = [contract.mask_padding(array, valid) for array in (x, dt, b, c)]
+    x, dt, b, c = (array.astype(dtype) for array in narrow)
     hidden = state.hidden.astype(dtype)
     # As large as a state: its cotangent is then summed up over time only, in place, and over the batch once.
     a = a.astype(dtype) + contract.fresh_like(hidden, 0)
@@ -104,6 +107,9 @@ def selective_scan(
     elif implementation == "sequential" or (implementation is None and not isinstance(x.shape[1], int)):
         scan = _sequential
     else:
+        x, dt, b, c = narrow  # less memory to move
+        if implementation == "pallas" and (reason := tpu_kernel.refusal(x, dt, b, hidden)):
+            raise ValueError(f"implementation: 'pallas' cannot serve these inputs: {reason}")
         scan = functools.partial(_scan, implementation)
     y, hidden = scan(*contract.vary_together(x, dt, a, b, c), reset, hidden)
     y = y if d is None else y + d.astype(dtype) * x
@@ -121,6 +127,7 @@ def _fresh_state(x, a, segment_ids, dtype):
 
 def _discretise(x, dt, a, b, reset):
     """The decay and the input ``[..., dim, n]`` of one token, or of several where a has an axis for them."""
+    x, dt = x.astype(a.dtype), dt.astype(a.dtype)
     decay = jnp.exp(dt[..., None] * a)
     if reset is not None:
         decay = jnp.where(reset[..., None, None], 0, decay)
@@ -168,10 +175,11 @@ def _associative(*arguments):
 
 
 def _chunk_size(time):
-    """Chunks of one size, with as little padding as possible."""
+    """Chunks of one size, with as little padding as possible, that the kernel can work in."""
     if not isinstance(time, int):
         raise ValueError(f"time: expected a static length for a form that works in chunks, got {time}")
-    return -(-time // -(-time // CHUNK))
+    size = -(-time // -(-time // CHUNK))
+    return size + -size % tpu_kernel.ROUND
 
 
 def _chunks(*arrays):
@@ -189,13 +197,14 @@ def _scan(implementation, x, dt, a, b, c, reset, hidden):
 
 
 def _scan_forward(implementation, x, dt, a, b, c, reset, hidden):
-    forward, _ = _implementation(implementation)
+    forward, _ = _implementation(implementation, x, dt, b, hidden)
     y, hidden, before = forward(x, dt, a, b, c, reset, hidden)
     return (y, hidden), (x, dt, a, b, c, reset, before)
 
 
 def _scan_backward(implementation, residuals, cotangents):
-    _, backward = _implementation(implementation)
+    x, dt, _, b, _, _, before = residuals
+    _, backward = _implementation(implementation, x, dt, b, before)
     dx, ddt, da, db, dc, dhidden = backward(*residuals, *cotangents)
     return dx, ddt, da, db, dc, None, dhidden
 
@@ -203,13 +212,22 @@ def _scan_backward(implementation, residuals, cotangents):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _implementation(implementation):
+def _implementation(implementation, x, dt, b, hidden):
     """The (forward, backward) pair to run; for `None` each chooses when it is lowered."""
-    pairs = {"loop": (_loop_forward, _loop_backward), "associative": (_associative_forward, _associative_backward)}
+    size = _chunk_size(x.shape[1])
+    pairs = {
+        "loop": (_loop_forward, _loop_backward),
+        "associative": (_associative_forward, _associative_backward),
+        "pallas": (
+            dispatch.differentiate_as(_associative_forward, functools.partial(tpu_kernel.forward, size)),
+            dispatch.differentiate_as(_associative_backward, functools.partial(tpu_kernel.backward, size)),
+        ),
+    }
     if implementation is not None:
         return pairs[implementation]
+    guard = {"tpu": "associative"} if tpu_kernel.refusal(x, dt, b, hidden) or x.shape[2] < FILLED else {}
     return tuple(
-        dispatch.by_platform("selective_scan", {name: pair[i] for name, pair in pairs.items()}) for i in (0, 1)
+        dispatch.by_platform("selective_scan", {name: pair[i] for name, pair in pairs.items()}, **guard) for i in (0, 1)
     )
 
 
@@ -257,7 +275,7 @@ def _loop_forward(x, dt, a, b, c, reset, hidden):
         return lax.fori_loop(0, size, body, carry), carry[0]
 
     starts = jnp.arange(0, x.shape[1], size, dtype=jnp.int32)
-    (hidden, y), before = lax.scan(chunk, (hidden, contract.fresh_like(x, 0)), starts)
+    (hidden, y), before = lax.scan(chunk, (hidden, contract.fresh_like(x, 0, hidden.dtype)), starts)
     return y[:, :time], hidden, before
 
 

@@ -37,6 +37,12 @@ from primitives import (
 )
 from primitives.testing import Case, Mixer
 
+# Modules whose names their functions have.
+linear_attention_module, linear_recurrence_module, selective_scan_module = (
+    importlib.import_module(f"primitives.{name}")
+    for name in ("linear_attention", "linear_recurrence", "selective_scan")
+)
+
 
 def _ramp(inputs, start, stop):
     shape = inputs["logits"].shape
@@ -75,7 +81,7 @@ def _matrix_memory(function, log_decay, queries="heads", keys="heads", values="h
         function,
         axes=axes,
         state_axes=("batch state_heads dim value_dim", "batch"),
-        implementations=("sequential", "chunked"),
+        implementations=linear_attention_module.IMPLEMENTATIONS,
         default="chunked",
         sizes=heads | {"value_dim": 24, "state_heads": max(heads[keys], heads[values])},
         transforms={"k": lambda noise: noise / np.linalg.norm(noise, axis=-1, keepdims=True)}
@@ -277,7 +283,7 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
             linear_recurrence,
             axes={"decay": "batch time heads dim", "inputs": "batch time heads dim"},
             state_axes=("batch heads dim", "batch"),
-            implementations=("sequential", "associative", "loop"),
+            implementations=linear_recurrence_module.IMPLEMENTATIONS,
             default="loop",
             transforms={"decay": lambda noise: _sigmoid(1 + 2 * noise)},
             extremes=_decays(np.ones_like),
@@ -286,7 +292,7 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
             linear_recurrence,
             axes={"decay": "heads dim", "inputs": "batch time heads dim"},
             state_axes=("batch heads dim", "batch"),
-            implementations=("sequential", "associative", "loop"),
+            implementations=linear_recurrence_module.IMPLEMENTATIONS,
             default="loop",
             transforms={
                 "decay": lambda noise: _sigmoid(1 + 2 * noise) * np.exp(3j * noise[::-1]),
@@ -306,7 +312,7 @@ MIXERS: dict[str, Mixer | dict[str, Mixer]] = {
             "d": "dim",
         },
         state_axes=("batch dim n", "batch"),
-        implementations=("sequential", "associative", "loop"),
+        implementations=selective_scan_module.IMPLEMENTATIONS,
         default="loop",
         sizes={"n": 4},
         transforms={"dt": lambda noise: np.logaddexp(0, noise - 1), "a": lambda noise: -np.exp(noise)},
@@ -512,7 +518,7 @@ def _first_order(lower):
     return jnp.eye(lower.shape[-1]) - lower
 
 
-decay_gradient = importlib.import_module("primitives.linear_attention").decay_gradient
+decay_gradient = linear_attention_module.decay_gradient
 decays_scores = decays.decayed_scores
 prefix_scan_chunk_masks, prefix_scan_chunked_backward = prefix_scan._chunk_masks, prefix_scan._chunked_backward
 contract_segments = contract.segments

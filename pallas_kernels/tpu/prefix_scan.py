@@ -20,40 +20,49 @@ The values are read and written once, but vector instructions bind, not memory: 
 VMEM: 5.3 MiB at most (`python -m experiments compile_prefix_scan`).
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType
 
-from pallas_kernels.tpu.common import CHUNK, ChunkGrid, dot, head_block, per_device, vmap_into_batch
+from pallas_kernels.tpu.common import (
+    CHUNK,
+    ChunkGrid,
+    dot,
+    general_refusal,
+    head_block,
+    load,
+    per_device,
+    vmap_into_batch,
+    wide_columns,
+)
 
 WIDTH = 1024  # heads · dim of a block, at most
+NEVER = -1e30  # a maximum where nothing has weight, as a finite number
 
 
 def refusal(s, v):
     """Why the kernel cannot serve these inputs, or `None`."""
-    if not all(isinstance(size, int) for size in v.shape):
-        return f"it needs static shapes, got values of shape {v.shape}"
-    if AxisType.Auto in (jax.typeof(v).sharding.mesh.axis_types or ()):
-        return "XLA cannot split it over Auto axes of a mesh; it needs Explicit ones or a shard_map over all axes"
+    if reason := general_refusal(v):
+        return reason
     heads, dim = v.shape[2:]
     if s.dtype != jnp.float32 or v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16 values and computes in float32, got {v.dtype} to compute in {s.dtype}"
-    if head_block(heads, dim, WIDTH) is None:
+    if head_block(heads, WIDTH, dim) is None:
         return f"it needs heads side by side to fill 128 lanes or a multiple, at most {WIDTH}, got {heads=}, {dim=}"
     return None
 
 
 def forward(s, v, reset, carry):
     """Outputs, m and u of every token, and the last w."""
-    call = per_device(_forward, v, "bth bthd bt bh bh bhd", "bthd bth bth bhd")
+    call = per_device(_forward, v, "bth", "bth bthd bt bh bh bhd", "bthd bth bth bhd")
     return call(s, v, reset, *carry)
 
 
 def backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
     """The cotangents of s and v, and those of the average and of the log-normaliser that came in."""
-    call = per_device(_backward, v, "bth bth bthd bt bhd bthd bth bth bthd bhd bh", "bth bthd bhd bh")
+    call = per_device(_backward, v, "bth", "bth bth bthd bt bhd bthd bth bth bthd bhd bh", "bth bthd bhd bh")
     return call(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last)
 
 
@@ -62,17 +71,19 @@ def backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
 
 @vmap_into_batch
 def _forward(s, v, reset, m0, u0, w0):
-    grid = ChunkGrid.over(v, WIDTH)
+    grid = ChunkGrid.over(WIDTH, v)
+    kernel = functools.partial(_forward_kernel, *v.shape[1::2])
     first, s_rows, lanes = grid.first(reset), grid.rows(s, constant_values=-jnp.inf), grid.lanes(v)
     m0, u0, w = grid.scalars(m0), grid.scalars(u0), grid.vectors(w0)
     operands, results = [first, s_rows, lanes, m0, u0, w], [lanes, s_rows, s_rows, w]
-    outputs, m, u, w = grid.call("prefix_scan_forward", _forward_kernel, operands, results, scratch=2)
+    outputs, m, u, w = grid.call("prefix_scan_forward", kernel, operands, results, scratch=[(grid.block, 1)] * 2)
     return outputs.reshape(v.shape), grid.unrows(m), grid.unrows(u), w.reshape(w0.shape)
 
 
 @vmap_into_batch
 def _backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
-    grid = ChunkGrid.over(v, WIDTH, reverse=True)
+    grid = ChunkGrid.over(WIDTH, v, reverse=True)
+    kernel = functools.partial(_backward_kernel, *v.shape[1::2])
     # Beyond the end the average stays what it is.
     m, u = grid.rows(m, mode="edge"), grid.rows(u, mode="edge")
     gate, decay = grid.rows(gate, constant_values=0), grid.rows(decay, constant_values=1)
@@ -81,7 +92,7 @@ def _backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_last):
     do_last, dl_last = grid.vectors(do_last), grid.scalars(dl_last)
     operands = [grid.first(reset), m, u, gate, decay, lanes, o_before, o, do, do_last, dl_last]
     results = [gate, lanes, do_last, dl_last]
-    ds, dv, do, dl = grid.call("prefix_scan_backward", _backward_kernel, operands, results)
+    ds, dv, do, dl = grid.call("prefix_scan_backward", kernel, operands, results)
     return grid.unrows(ds), dv.reshape(v.shape), do.reshape(o0.shape), dl.reshape(o0.shape[:2])
 
 
@@ -102,7 +113,7 @@ def _forward_kernel(time, dim, *refs):
     m_all = u_all = jnp.zeros((CHUNK, CHUNK), jnp.float32)  # a column per head
     for h in range(s_ref.shape[0]):
         head, lanes = slice(h, h + 1), slice(h * dim, (h + 1) * dim)
-        v = _load(v_ref, lanes, chunk, time)
+        v = load(v_ref, lanes, chunk, time)
         scores = jnp.where(visible, s_ref[head], -jnp.inf)
         start = jnp.where(first < 0, m_start_ref[head], -jnp.inf)
         m = jnp.maximum(_wide(jnp.max(scores, axis=1, keepdims=True)), start)
@@ -130,18 +141,19 @@ def _backward_kernel(time, dim, *refs):
     visible = (first <= token) & (token <= query)
     m, u, gate, decay = m_ref[...], u_ref[...], gate_ref[...], decay_ref[...]
     last = _exp(jnp.where(visible[-1:], m, -jnp.inf), m[:, -1:]) * u * _reciprocal(u[:, -1:])
-    m_queries, u_queries, gate_tokens, last_tokens = m.T, _reciprocal(u).T, gate.T, last.T
+    m_queries, u_queries = wide_columns(jnp.maximum(m, NEVER)), wide_columns(_reciprocal(u))
+    gate_tokens, last_tokens = wide_columns(gate), wide_columns(last)
     c_all, dl = jnp.zeros((CHUNK, CHUNK), jnp.float32), []
     for h in range(m.shape[0]):
         head, lanes = slice(h, h + 1), slice(h * dim, (h + 1) * dim)
-        v, o, do = (_load(ref, lanes, chunk, time) for ref in (v_ref, o_ref, do_ref))
-        decays = _exp(jnp.where(visible, m[head], -jnp.inf), m_queries[:, head]) * u[head] * u_queries[:, head]
-        do = dot(decays, do, transpose=True) + last_tokens[:, head] * do_next_ref[:, lanes]
+        v, o, do = (load(ref, lanes, chunk, time) for ref in (v_ref, o_ref, do_ref))
+        decays = _exp(jnp.where(visible, m[head], -jnp.inf), m_queries[h]) * u[head] * u_queries[h]
+        do = dot(decays, do, axes=(0, 0)) + _columns(last_tokens[h], dim) * do_next_ref[:, lanes]
         o_before = jnp.concatenate([o_before_ref[:, lanes], o[:-1].astype(jnp.float32)])
-        c = _wide(jnp.sum(do * (v - o_before), axis=1, keepdims=True))
-        later = jnp.where(token < query, decays * (gate_tokens[:, head] * c), 0)
+        c = jnp.sum(do * (v - o_before), axis=1, keepdims=True)
+        later = jnp.where(token < query, decays * (gate_tokens[h] * c), 0)
         dl.append(last[head] * dl_next_ref[head] - jnp.sum(later, axis=0, keepdims=True))
-        dv_ref[:, lanes] = (gate_tokens[:, head] * do).astype(dv_ref.dtype)
+        dv_ref[:, lanes] = (_columns(gate_tokens[h], dim) * do).astype(dv_ref.dtype)
         do_next_ref[:, lanes] = decay[head, :1] * do[:1]
         c_all = jnp.where(token == h, c, c_all)
     c, dl = c_all.T[: m.shape[0]], jnp.concatenate(dl)
@@ -153,14 +165,6 @@ def _positions(first_ref, chunk):
     """Query, token and the first token that a query sees, counted from the start of the chunk."""
     query, token = (lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     return query, token, jnp.broadcast_to(first_ref[...] - chunk * CHUNK, (CHUNK, CHUNK)).T
-
-
-def _load(ref, lanes, chunk, time):
-    """What a block holds beyond the end of its array is undefined: zeros."""
-    x = ref[:, lanes]
-    if time % CHUNK == 0:
-        return x
-    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < time - chunk * CHUNK, x, 0)
 
 
 def _wide(column):

@@ -19,8 +19,8 @@ PUBLISHED = {
 def test_every_result_is_published():
     assert set(PUBLISHED) == {
         *aaren_study.NAMES.values(), "benchmark_neural_memory", "benchmark_recurrences", "byte_language_models",
-        "byte_language_models_memories", "compile_language_models", "forecasting", "memory_ablations", "mqar",
-        "needle_in_a_haystack",
+        "byte_language_models_memories", "compile_language_models", "forecasting", "kernel_costs", "memory_ablations",
+        "mqar", "needle_in_a_haystack",
     }  # fmt: skip
 
 

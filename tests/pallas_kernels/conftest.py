@@ -3,7 +3,7 @@
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments.compile_prefix_scan import compile_for_tpu
+from experiments.tpu_compiler import compile_for_tpu
 from primitives.testing import interpreted_kernels
 
 

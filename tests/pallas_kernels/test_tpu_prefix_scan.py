@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.compile_prefix_scan import TOPOLOGIES, tpu_devices
+from experiments.tpu_compiler import TOPOLOGIES, tpu_devices
 from primitives import PrefixState, prefix_scan_attention
 
 

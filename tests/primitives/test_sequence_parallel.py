@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from experiments.compile_prefix_scan import tpu_devices
+from experiments.tpu_compiler import tpu_devices
 from primitives import linear_attention, linear_recurrence, prefix_scan_attention, sequence_parallel
 from primitives.testing import assert_close
 

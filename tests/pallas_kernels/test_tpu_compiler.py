@@ -1,0 +1,58 @@
+"""Every kernel through the compilers of every TPU generation: what it costs there, against what was recorded."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments import kernel_costs
+from experiments.kernel_costs import KERNELS, Config
+from experiments.tpu_compiler import TOPOLOGIES, tpu_devices
+
+BOTH = "forward + backward"
+RECORDED = json.loads((Path(__file__).parents[2] / "docs" / "kernel_costs.json").read_text())
+# Every dtype for some generations is enough: the kernels are the same.
+DTYPES = dict(zip(TOPOLOGIES, ("float32", "bfloat16", "float32", "float32", "bfloat16"), strict=True))
+
+
+def recorded(**row):
+    """Bundles per token of the one row of the record."""
+    found = [x for x in RECORDED["metrics"]["rows"] if "peer" not in x and row.items() <= x.items()]
+    assert len(found) == 1, row
+    return found[0]["bundles per token"]
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_costs_have_not_risen(generation):
+    """One kernel each way, at most 5 % more bundles than recorded, no more temporaries than documented."""
+    config = Config(
+        topologies=(generation,), dtypes=(DTYPES[generation],), programs=(BOTH,), **RECORDED["metrics"]["shape"]
+    )
+    rows = list(kernel_costs.compiled(config))
+    assert [row["kernel"] for row in rows] == list(KERNELS)
+    for row in rows:
+        assert len(row["kernels"]) == 2, row["kernel"]
+        bundles = recorded(kernel=row["kernel"], dtype=row["dtype"], program=BOTH, chip=row["chip"])
+        assert row["bundles per token"] <= 1.05 * bundles, row["kernel"]
+        assert row["temporaries"] <= kernel_costs.most_temporaries(config, row["kernel"], row["dtype"]), row["kernel"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_explicit_mesh_gathers_nothing(kernel):
+    """Batch and heads, or channels, split over 16 chips; `None` takes the kernel."""
+    mesh = jax.make_mesh((8, 2), ("batch", "heads"), devices=tpu_devices("v5e:4x4"))
+    config = Config(dtypes=("bfloat16",), programs=(BOTH,), batch=8, time=256, heads=4, dim=64)
+    ((_, function, types),) = kernel_costs.programs(config, kernel, implementation=None)
+
+    def shard(x):
+        axes = P("batch", None, "heads") if x.shape[0] == config.batch and x.shape[2] % 4 == 0 else P("heads")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, axes))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(function).lower(*map(shard, types)).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert not re.findall("all-gather|all-to-all|collective-permute", text)
