@@ -355,7 +355,7 @@ def _chunked_backward(gate, decay, v, reset, o0, outputs, m, u, do, do_last, dl_
 
 def _chunk_masks(s, reset):
     """Which tokens of a chunk each of its tokens sees, and which of them see what was carried in; heads first."""
-    crossed = jnp.zeros_like(s[..., 0], jnp.int32) if reset is None else jnp.cumsum(reset, axis=1)
+    crossed = jnp.zeros_like(jnp.max(s, axis=-1), jnp.int32) if reset is None else jnp.cumsum(reset, axis=1)
     return jnp.tril(crossed[:, :, None] == crossed[:, None, :])[:, None], crossed[:, None] == 0
 
 

@@ -1,4 +1,22 @@
-"""The delta rule."""
+"""The delta rule, forward and its reverse rule, each in one pass over queries, keys and values.
+
+Equations and letters are those of `primitives.delta_rule`, whose ``_chunked_forward`` and ``_chunked_backward`` compute
+the same, in chunks of 128 tokens. What the tokens of a chunk write is ``u = T β (v − k̃ S)`` with T = (1 + β P)⁻¹. As
+the chunks come in order, T meets one right-hand side, and the matrices that XLA's form needs to pass a memory on to
+many chunks at once (T β k̃, and from memory to memory) are not there. The memory, scores, decays, T and u stay in VMEM;
+for the reverse rule the memory before each chunk is written, once, and the rest is computed again.
+
+The chain of products that makes T is long. So the functions of one head run for several side by side, by `jax.vmap`:
+the compiler mixes their instructions, but not those of heads that come one after another.
+
+Rounding, for bfloat16 inputs: what is written to the memory is computed in float32, six passes of the matrix unit or
+three beside a key as it came in, because where keys are alike they find nearly all of their values, and nothing
+corrects later what is left. Outputs and gradients are held to the rounding of the inputs: three passes.
+
+Roofline for a token and a head of 128, bfloat16, forward and backward: 1.5 and 2.6 KB with a scalar decay, 2.0 and 3.6
+with channels, of which 512 bytes are the memories: at 819 GB/s (v5e) 1.9 and 3.1 ns or 2.5 and 4.4, at 1640 (v6e) half.
+Products in a chunk bind: ../README.md has the bundles and how busy they keep the matrix unit.
+"""
 
 import functools
 from typing import NamedTuple

@@ -4,21 +4,20 @@ Equations and letters are those of `primitives.linear_attention`, whose ``_chunk
 compute the same, in chunks of 128 tokens. The memory that a chunk of time leaves for the next, and its cotangent, stay
 in VMEM, and so do scores and decays; for the reverse rule the memory before each chunk is written, once.
 
-Rounding, for bfloat16 inputs: memories and sums are float32. Outputs are held to the rounding of the inputs, so
-products that lead to them take two or three passes of the matrix unit; what leads to gradients and into the memory is
-rounded, one pass. Scores and gradients of bfloat16 inputs alone are one exact pass.
+Rounding, for bfloat16 inputs: memories and sums are float32, and what is added to a memory takes three passes of the
+matrix unit, which are exact. Outputs are held to the rounding of the inputs, so products that lead to them take two or
+three passes; what leads to gradients is rounded, one pass. Scores of bfloat16 inputs alone are one exact pass.
 
-Cost for 128 tokens, 8 heads of 128, bfloat16: µs for the bytes and for the passes of the matrix unit at the published
-rates of v5e and v6e, and bundles that the compiler schedules for a token and head, a static count, not a timing:
+Roofline for 128 tokens, 8 heads of 128, bfloat16: µs for the bytes and for the passes of the matrix unit at the
+published rates of v5e and v6e:
 
-    decay      pass       MiB    bytes       passes, µs       bundles
-    scalar     forward    1.5    1.9, 1.0     7   1.2, 0.3    3.0, 2.7
-    scalar     backward   2.2    2.9, 1.4     9   1.5, 0.3    5.4, 5.8
-    channels   forward    2.0    2.6, 1.3    23   4.0, 0.9    7.4, 8.6
-    channels   backward   3.2    4.2, 2.1    25   4.3, 1.0   11.3, 9.8
+    decay      pass       MiB    bytes       passes, µs
+    scalar     forward    1.5    1.9, 1.0     9   1.5, 0.3
+    scalar     backward   2.2    2.9, 1.4    12   2.0, 0.4
+    channels   forward    2.0    2.6, 1.3    25   4.3, 1.0
+    channels   backward   3.2    4.2, 2.1    25   4.3, 1.0
 
-So memory binds with a scalar, and the matrix unit of v5e as much with channels. Of the bundles on v5e, 47 to 79 % use
-that unit; backward with channels 73 % of vector arithmetic and 71 % of stores, mostly of spilled registers.
+So memory binds with a scalar, and the matrix unit of v5e as much with channels; ../README.md has the bundles.
 """
 
 import functools

@@ -7,17 +7,17 @@ In a chunk, row i of a matrix ``[chunk, chunk]`` is a query, column j a token. K
 that of the masked row. What belongs to a query is kept as wide as the matrix, equal along its row: it takes no more
 registers than a column, and the unit that permutes lanes need not broadcast it for each use.
 
-Cost: per token and head, chunk / 1024 registers of exps and of everything else that is done to scores. 128 tokens fill
-the lanes of a register: fewer would leave lanes empty, more cost more. For 128 tokens, 8 heads of 128, bfloat16, in µs,
-forward and backward; instructions are those that the compiler schedules, at the clock that the published FLOP/s of the
-chip imply, not a timing:
+Columns that are needed so wide come from the matrix unit (`wide_columns`), which has little else to do.
 
-    chip   bytes        matmuls      exps         instructions
-    v5e    0.64, 1.28   0.34, 0.34   0.26, 0.09   1.21, 2.22
-    v6e    0.32, 0.64   0.07, 0.07   0.22, 0.07   0.88, 1.54
+Roofline: per token and head, chunk / 1024 registers of exps and of everything else that is done to scores. 128 tokens
+fill the lanes of a register: fewer would leave lanes empty, more cost more. For 128 tokens, 8 heads of 128, bfloat16,
+in µs at the published rates, forward and backward:
 
-The values are read and written once, but vector instructions bind, not memory: about two or three times its time.
-VMEM: 5.3 MiB at most (`python -m experiments compile_prefix_scan`).
+    chip   bytes        matmuls      exps
+    v5e    0.64, 1.28   0.34, 0.34   0.26, 0.09
+    v6e    0.32, 0.64   0.07, 0.07   0.22, 0.07
+
+The values are read and written once, but vector instructions bind, not memory: ../README.md has the bundles.
 """
 
 import functools
