@@ -6,9 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tpu_compiler import TOPOLOGIES
 from pallas_kernels.tpu import linear_attention as kernel
-from pallas_kernels.tpu.common import CHUNK
 from primitives.testing import TOLERANCE, row_errors
 
 SCALE = 0.3
@@ -124,25 +122,6 @@ def test_refuses_what_it_cannot_serve():
 # --- Compiled ahead of time ----------------------------------------------------------------------------------------
 
 
-def compiled_for(tpu_compile, generation, shape, dtype):
-    types = jax.eval_shape(functools.partial(example, *shape, dtype))
-    compiled = tpu_compile(generation, everything, *types)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
-    return compiled
-
-
-@pytest.mark.parametrize(("channels", "dtype"), [(False, "float32"), (True, "bfloat16")])
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_compiles(tpu_compile, generation, channels, dtype):
-    """Temporaries: a memory for each chunk, and copies of the arrays, which come in another layout."""
-    batch, time, heads, queries, dim = 2, 4096, 2, 1, 64
-    compiled = compiled_for(tpu_compile, generation, (batch, time, heads, queries, dim, dim, channels), dtype)
-    tokens = batch * time * heads
-    memories = 4 * tokens * dim * dim // CHUNK
-    copies = 9 * tokens * dim * jnp.dtype(dtype).itemsize + 2 * 4 * tokens * (dim if channels else 1)
-    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * memories + copies
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -152,4 +131,7 @@ def test_compiles(tpu_compile, generation, channels, dtype):
     ],
 )
 def test_compiles_every_size_of_head(tpu_compile, shape, dtype):
-    compiled_for(tpu_compile, "v4:2x2x1", shape, dtype)
+    """On the chip with the least VMEM."""
+    types = jax.eval_shape(functools.partial(example, *shape, dtype))
+    compiled = tpu_compile("v4:2x2x1", everything, *types)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.tpu_compiler import TOPOLOGIES, tpu_devices
+from experiments.tpu_compiler import tpu_devices
 from primitives import LinearRecurrenceState, linear_recurrence
 
 
@@ -137,11 +137,10 @@ def test_refuses_what_it_cannot_serve():
         ((300,), {"decay_shape": (300,), "packed": True}),
     ],
 )
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_compiles(tpu_compile, generation, rest, options):
-    """One kernel each way; temporaries of at most eight arrays like the inputs."""
+def test_compiles(tpu_compile, rest, options):
+    """One kernel each way; temporaries of at most eight arrays like the inputs. v4 has the least VMEM."""
     types, ids = jax.eval_shape(lambda: example(2, 2048, rest, **options))
-    compiled = tpu_compile(generation, everything, types, ids)
+    compiled = tpu_compile("v4:2x2x1", everything, types, ids)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     x = types[1]
     assert compiled.memory_analysis().temp_size_in_bytes <= 8 * math.prod(x.shape) * x.dtype.itemsize

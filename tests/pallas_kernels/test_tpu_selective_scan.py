@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.tpu_compiler import TOPOLOGIES, tpu_devices
+from experiments.tpu_compiler import tpu_devices
 from primitives import SelectiveScanState, selective_scan
 
 
@@ -119,12 +119,14 @@ def test_refuses_what_it_cannot_serve():
 
 
 @pytest.mark.parametrize(("dim", "n", "dtype", "packed"), [(2048, 16, "bfloat16", False), (300, 64, "float32", True)])
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_compiles(tpu_compile, generation, dim, n, dtype, packed):
-    """One kernel each way; temporaries of at most twelve arrays like x: a state is n times as large as a token."""
+def test_compiles(tpu_compile, dim, n, dtype, packed):
+    """One kernel each way; temporaries of at most twelve arrays like x: a state is n times as large as a token.
+
+    v4 has the least VMEM.
+    """
     shape = 2, 2048, dim
     types, ids = jax.eval_shape(lambda: example(*shape, n, dtype, packed))
-    compiled = tpu_compile(generation, everything, types, ids)
+    compiled = tpu_compile("v4:2x2x1", everything, types, ids)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes <= 12 * math.prod(shape) * jnp.dtype(dtype).itemsize
 
