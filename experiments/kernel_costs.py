@@ -19,10 +19,12 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from experiments.tpu_compiler import TOPOLOGIES, report
 from experiments.trainer import progress
 from pallas_kernels.tpu import common
 
-PEER = ("deltanet-tpu==0.3.0",)
+PEER = ("deltanet-tpu==0.3.0", "libtpu==0.0.50.1")
 DTYPES = ("float32", "bfloat16")
 SIDE_BY_SIDE = (1, 2, 4, 8)
 UNITS = ("MXU", "VALU", "XLU", "EUP")
@@ -152,7 +154,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     """Compile; the results as a dictionary."""
     if config.write_table:
         _write_table(config)
-    rows = list(compiled(config))
+    rows = compiled(config)
     if config.peer is not None:
         rows += _peer_rows(config)
     metrics = {
@@ -165,61 +167,81 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def show(metrics: Mapping[str, Any]) -> str:
-    """The table as Markdown."""
-    shape = ", ".join(f"{name} {size}" for name, size in metrics["shape"].items())
-    return f"{shape}; libtpu {metrics['libtpu']}. Of units, the share of slots in use, forward / backward.\n\n" + table(
-        [_cells(row) for row in metrics["rows"]]
-    )
+    """The tables as Markdown: bundles on every chip, then where they go on one."""
+    shape = ", ".join(f"{name} {size:,}" for name, size in metrics["shape"].items())
+    programs = defaultdict(dict)
+    for row in metrics["rows"]:
+        name = row["kernel"], row.get("peer", "here"), row["dtype"], row["program"]
+        programs[name][row["chip"]] = row
+    names = [dict(zip(("kernel", "by", "dtype", "program"), name, strict=True)) for name in programs]
+    bundles = [name | _bundles(rows) for name, rows in zip(names, programs.values(), strict=True)]
+    details = [
+        name | _details(rows["v5e"]) for name, rows in zip(names, programs.values(), strict=True) if "v5e" in rows
+    ]
+    return f"""{shape}; libtpu {metrics["libtpu"]}.
+
+Bundles per token, all heads together, and beside them the cycles that inputs and results take to be moved:
+
+{table(bundles)}
+
+On v5e: the share of a unit's slots in use (forward / backward; the peer has more kernels), spilled registers, VMEM of the
+largest kernel, and temporaries of the whole program in HBM. Most of these are arrays laid out anew, as they come as
+`[batch, time, heads, dim]` here and not as a projection leaves them.
+
+{table(details)}"""
 
 
-def _cells(row):
-    """A row of the result as one of the table; its kernels are in the order in which they run."""
-    cycles = "-"
-    if row["chip"] in CHIPS:
-        bandwidth, clock = CHIPS[row["chip"]]
-        tokens = row["bundles"] / row["bundles per token"]
-        cycles = f"{row['arguments and results'] / tokens / bandwidth * clock:.1f}"
+def _bundles(rows):
+    cells = {chip: f"{row['bundles per token']:.1f}" for chip, row in rows.items()}
+    for chip, (bandwidth, clock) in CHIPS.items():
+        if chip in rows:
+            tokens = rows[chip]["bundles"] / rows[chip]["bundles per token"]
+            cycles = rows[chip]["arguments and results"] / tokens / bandwidth * clock
+            cells[f"memory, {chip}"] = f"{cycles:.1f}"
+    return cells
+
+
+def _details(row):
     return {
-        "kernel": row["kernel"],
-        "by": row.get("peer", "here"),
-        "dtype": row["dtype"],
-        "program": row["program"],
-        "chip": row["chip"],
-        "bundles per token": f"{row['bundles per token']:.1f}",
-        "memory, cycles per token": cycles,
         **{unit: " / ".join(f"{kernel['use of units'][unit]:.2f}" for kernel in row["kernels"]) for unit in UNITS},
-        "spilled": sum(kernel["spilled registers"] for kernel in row["kernels"]),
+        "spilled": " / ".join(str(kernel["spilled registers"]) for kernel in row["kernels"]),
         "VMEM (MiB)": f"{row['VMEM'] / 2**20:.1f}",
         "temporaries (MiB)": f"{row['temporaries'] / 2**20:.1f}",
     }
 
 
-def compiled(config: Config) -> Iterator[dict[str, Any]]:
-    """A row for every kernel, dtype and program on every chip, each chip in a process of its own."""
-    options = json.dumps(dataclasses.asdict(config) | {"peer": None})
-    count = len(config.kernels) * len(config.dtypes) * len(config.programs)
-    for topology in config.topologies:
-        yield from _lines([sys.executable, "-m", "experiments.kernel_costs", topology, options], topology, count)
+def compiled(config: Config) -> list[dict[str, Any]]:
+    """A row for every kernel, dtype and program on every chip."""
+    ours = [sys.executable, "-m", "experiments.kernel_costs"]
+    return _rows(ours, config, len(config.kernels) * len(config.dtypes) * len(config.programs))
 
 
 def _peer_rows(config):
+    """The same for the peer's kernels, in both of its precisions, on the chips that it is written for."""
+    chips = tuple(topology for topology in config.topologies if topology.startswith(tuple(CHIPS)))
     script = Path(__file__).with_name("deltanet_tpu_peer.py")
+    return _rows([config.peer, "-P", script], dataclasses.replace(config, topologies=chips), 12)
+
+
+def _rows(command, config, count):
+    """What processes write, a line of JSON for each of `count` programs; a process for each chip, as many as cores."""
     options = json.dumps(dataclasses.asdict(config) | {"peer": None})
-    for topology in config.topologies:
-        yield from _lines([config.peer, "-P", script, topology, options], topology, 2 * len(PROGRAMS) * 3)
 
+    def run(topology):
+        rows = []
+        with subprocess.Popen([*command, topology, options], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                rows.append(json.loads(line))
+                bar.update()
+        if process.returncode:
+            raise ExperimentError(f"compiling for {topology} failed, its error is above")
+        return rows
 
-def _lines(command, topology, count):
-    """The rows that a process writes, a line of JSON each."""
     with (
-        progress(f"compiling for {topology}", 0, count, unit="program") as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        progress("compiling", 0, count * len(config.topologies), unit="program") as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        for line in process.stdout:
-            yield json.loads(line)
-            bar.update()
-    if process.returncode:
-        raise ExperimentError(f"compiling for {topology} failed, its error is above")
+        return list(itertools.chain.from_iterable(pool.map(run, config.topologies)))
 
 
 def _write_table(config):

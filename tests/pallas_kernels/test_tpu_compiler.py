@@ -29,7 +29,7 @@ def test_costs_have_not_risen(generation):
         if "peer" not in row
     }
     config = Config(topologies=(generation,), dtypes=(DTYPES[generation],), programs=(BOTH,), **record["shape"])
-    rows = list(kernel_costs.compiled(config))
+    rows = kernel_costs.compiled(config)
     assert [row["kernel"] for row in rows] == list(KERNELS), "a kernel is not there, or does not fit into VMEM"
     for row in rows:
         assert len(row["kernels"]) == 2, row["kernel"]
