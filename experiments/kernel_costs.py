@@ -184,9 +184,9 @@ Bundles per token, all heads together, and beside them the cycles that inputs an
 
 {table(bundles)}
 
-On v5e: the share of a unit's slots in use (forward / backward; the peer has more kernels), spilled registers, VMEM of the
-largest kernel, and temporaries of the whole program in HBM. Most of these are arrays laid out anew, as they come as
-`[batch, time, heads, dim]` here and not as a projection leaves them.
+On v5e: the share of a unit's slots in use (forward / backward; the peer has more kernels), spilled registers, VMEM of
+the largest kernel, and temporaries of the whole program in HBM. Most of these are arrays laid out anew: here they come
+as `[batch, time, heads, dim]` and not as a projection leaves them.
 
 {table(details)}"""
 
