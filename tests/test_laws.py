@@ -359,8 +359,13 @@ def _possible(mixer, row):
 
 
 def _telling(mixer, row):
-    """Lengths matter to forms that work in chunks, and the widest dtype of a form shows whether it is right."""
+    """Lengths matter to forms that work in chunks, and the widest dtype of a form shows whether it is right.
+
+    To a kernel no decay and one per head are decays per token.
+    """
     time, implementation = row.get("time", 100), row.get("implementation")
+    if implementation == "pallas" and row.get("variant") in ("no decay", "decay per head"):
+        return False
     if implementation == "sequential" and time not in (2, 100):
         return False
     simple = row.get("layout") in ("one document", "packed and padded")
