@@ -17,6 +17,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 LANES = 128  # of a vector register: the last dimension of a block is a multiple of it, or whole
 CHUNK = LANES  # of time: a chunk of scalars fills a register's lanes
+DIM = 256  # of a key or a value of a memory, at most
+QUERIES = 1024  # lanes of the queries of a head, at most
 # Heads of 128 lanes that a kernel computes side by side, for each kind of decay and dtype: those with which compilers
 # schedule the fewest bundles, as `python -m experiments kernel_costs --write-table` found.
 SIDE_BY_SIDE = json.loads(Path(__file__).with_name("side_by_side.json").read_text())
@@ -94,6 +96,27 @@ def general_refusal(x: Array) -> str | None:
     if AxisType.Auto in (jax.typeof(x).sharding.mesh.axis_types or ()):
         return "XLA cannot split it over Auto axes of a mesh; it needs Explicit ones or a shard_map over all axes"
     return None
+
+
+def memory_refusal(q: Array, k: Array, v: Array, g: Array) -> str | None:
+    """Why no kernel with a memory for each head can serve these inputs, or `None`."""
+    if reason := general_refusal(v):
+        return reason
+    dtypes = {x.dtype for x in (q, k, v)}
+    if g.dtype != jnp.float32 or len(dtypes) > 1 or v.dtype not in (jnp.float32, jnp.bfloat16):
+        got = ", ".join(str(x.dtype) for x in (q, k, v))
+        return f"it takes float32 or bfloat16 q, k and v and computes in float32, got {got} to compute in {g.dtype}"
+    most = max(q.shape[-1], v.shape[-1])
+    if most > DIM or q.shape[3] * most > QUERIES:
+        limits = f"{DIM}, and {QUERIES} with all queries of a head"
+        return f"it needs key_dim and value_dim of at most {limits}, got {memory_sizes(q, v)}"
+    return None
+
+
+def memory_sizes(q: Array, v: Array) -> str:
+    """The sizes that decide whether a kernel can serve such inputs."""
+    (heads, queries, key_dim), value_dim = q.shape[2:], v.shape[-1]
+    return f"{heads=}, {queries=}, {key_dim=}, {value_dim=}"
 
 
 def varying_like(operands: Sequence[Array], results: Sequence[Array]) -> list[jax.ShapeDtypeStruct]:

@@ -32,10 +32,11 @@ from pallas_kernels.tpu.common import (
     ChunkGrid,
     dot,
     enough_for,
-    general_refusal,
     group_heads,
     head_block,
     load_heads,
+    memory_refusal,
+    memory_sizes,
     per_device,
     side_by_side,
     stack_heads,
@@ -54,25 +55,15 @@ from pallas_kernels.tpu.decays import (
 )
 from pallas_kernels.tpu.triangular import invert_unit_triangular
 
-DIM = 256  # of a key or a value, at most
-QUERIES = 1024  # lanes of the queries of a head, at most
 HEADS = 8  # of a block, at most, where one head for each would leave lanes empty
 
 
 def refusal(q, k, v, g):
     """Why the kernel cannot serve these inputs, or `None`."""
-    if reason := general_refusal(v):
+    if reason := memory_refusal(q, k, v, g):
         return reason
-    dtypes = {x.dtype for x in (q, k, v)}
-    if g.dtype != jnp.float32 or len(dtypes) > 1 or v.dtype not in (jnp.float32, jnp.bfloat16):
-        got = ", ".join(str(x.dtype) for x in (q, k, v))
-        return f"it takes float32 or bfloat16 q, k and v and computes in float32, got {got} to compute in {g.dtype}"
-    (heads, queries, key_dim), value_dim = q.shape[2:], v.shape[-1]
-    sizes = f"{heads=}, {queries=}, {key_dim=}, {value_dim=}"
-    if max(key_dim, value_dim) > DIM or queries * max(key_dim, value_dim) > QUERIES:
-        return f"it needs key_dim and value_dim of at most {DIM}, and {QUERIES} with all queries of a head, got {sizes}"
     if _width(q, v, g) is None:
-        return f"it needs at most {HEADS} heads side by side to fill 128 lanes or a multiple, got {sizes}"
+        return f"it needs at most {HEADS} heads side by side to fill 128 lanes or a multiple, got {memory_sizes(q, v)}"
     return None
 
 

@@ -23,17 +23,17 @@ So memory binds with a scalar, and the matrix unit of v5e as much with channels;
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.common import (
     ChunkGrid,
     dot,
     enough_for,
-    general_refusal,
     group_heads,
     head_block,
     load_heads,
+    memory_refusal,
+    memory_sizes,
     per_device,
     side_by_side,
     stack_heads,
@@ -49,25 +49,15 @@ from pallas_kernels.tpu.decays import (
     write_decay_gradient,
 )
 
-DIM = 256  # of a key or a value, at most
-WIDTH = 1024  # of the queries of a head, at most
 TOKEN_BYTES = 2048  # of a token in a block of heads, at most, where more than one head is in it
 
 
 def refusal(q, k, v, g):
     """Why the kernel cannot serve these inputs, or `None`."""
-    if reason := general_refusal(v):
+    if reason := memory_refusal(q, k, v, g):
         return reason
-    dtypes = {x.dtype for x in (q, k, v)}
-    if g.dtype != jnp.float32 or len(dtypes) > 1 or v.dtype not in (jnp.float32, jnp.bfloat16):
-        got = ", ".join(str(x.dtype) for x in (q, k, v))
-        return f"it takes float32 or bfloat16 q, k and v and computes in float32, got {got} to compute in {g.dtype}"
-    (heads, queries, key_dim), value_dim = q.shape[2:], v.shape[-1]
-    sizes = f"{heads=}, {queries=}, {key_dim=}, {value_dim=}"
-    if max(key_dim, value_dim) > DIM or queries * max(key_dim, value_dim) > WIDTH:
-        return f"it needs key_dim and value_dim of at most {DIM}, and {WIDTH} with all queries of a head, got {sizes}"
-    if head_block(heads, *_lanes(q, v)) is None:
-        return f"it needs heads side by side to fill 128 lanes or a multiple, got {sizes}"
+    if head_block(q.shape[2], *_lanes(q, v)) is None:
+        return f"it needs heads side by side to fill 128 lanes or a multiple, got {memory_sizes(q, v)}"
     return None
 
 
