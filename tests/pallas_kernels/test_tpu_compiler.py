@@ -38,6 +38,20 @@ def test_costs_have_not_risen(generation):
         assert row["temporaries"] <= kernel_costs.most_temporaries(config, row["kernel"], row["dtype"]), row["kernel"]
 
 
+def test_recorded_costs_are_below_the_peers():
+    """In bundles and in temporaries, where products are as precise: the peer can round those of float32 inputs."""
+    rows = json.loads(RECORD.read_text())["metrics"]["rows"]
+    names = "kernel", "dtype", "program", "chip"
+    ours = {tuple(row[name] for name in names): row for row in rows if "peer" not in row}
+    precise = {"float32": "deltanet-tpu, fp32", "bfloat16": "deltanet-tpu, bf16"}
+    peers = [row for row in rows if row.get("peer") == precise[row["dtype"]]]
+    assert len(peers) == 16
+    for row in peers:
+        our = ours[tuple(row[name] for name in names)]
+        assert our["bundles per token"] < row["bundles per token"], row
+        assert our["temporaries"] < row["temporaries"], row
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_explicit_mesh_gathers_nothing(kernel):
     """Batch and heads, or channels, split over 16 chips; `None` takes the kernel."""
