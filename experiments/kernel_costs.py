@@ -266,9 +266,6 @@ def _write_table(config):
     write_json(Path(common.__file__).with_name("side_by_side.json"), table)
 
 
-# --- Programs ---------------------------------------------------------------------------------------------------------
-
-
 def most_temporaries(config: Config, kernel: str, dtype: str) -> float:
     """Bytes of temporaries that a program with gradients may take at most.
 

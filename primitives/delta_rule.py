@@ -7,7 +7,6 @@ arXiv:2412.06464 (a decay for each head and token); Kimi Team: Kimi Linear, 2025
 too). Letters: S memory, g log decay, u what a token really writes; ``dx`` is the cotangent of x.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -33,8 +32,8 @@ from primitives.linear_attention import (
     between_kept,
     check_chunk_size,
     check_heads,
-    choose,
     decay_gradient,
+    differentiable_scan,
     from_chunks,
     in_blocks,
     join_kept,
@@ -136,27 +135,6 @@ def _step(scale, memory, token):
 # next S = (decay through the chunk − k̂ᵀ T β k̃) S + k̂ᵀ T β v, k̂ the keys that have decayed to the end.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options, *inputs):
-    return _choose(options, inputs, keep=False)[0](*inputs)[0]
-
-
-def _scan_forward(options, *inputs):
-    results, memories = _choose(options, inputs)[0](*inputs)
-    return results, (*inputs[:-1], memories)
-
-
-def _scan_backward(options, residuals, cotangents):
-    return _choose(options, residuals)[1](*residuals, *cotangents)
-
-
-def _choose(options, tokens, keep=True):
-    return choose("delta_rule", tpu_kernel, (_chunked_forward, _chunked_backward), options, tokens, keep)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
 class _Terms(NamedTuple):
     """What a chunk needs in both directions."""
 
@@ -245,3 +223,6 @@ def _chunked_backward(options, q, k, v, g, beta, memories, do, dmemory):
     blocks = in_blocks((q, k, v, g, beta, do), chunk)
     dmemory, gradients = lax.scan(block, dmemory, (blocks, split_kept(memories, len(blocks[0]))), reverse=True)
     return *(contract.unchunk_time(x, do.shape[1]) for x in gradients), dmemory
+
+
+_scan = differentiable_scan("delta_rule", tpu_kernel, _chunked_forward, _chunked_backward)

@@ -206,6 +206,25 @@ def widened(tokens, memory):
     return tuple(x.astype(memory.dtype) for x in tokens)
 
 
+def differentiable_scan(primitive, kernel, *forms):
+    """``(options, *inputs) -> (outputs, memory)`` in chunks or by the kernel, with its reverse rule."""
+    pair = functools.partial(choose, primitive, kernel, forms)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def scan(options, *inputs):
+        return pair(options, inputs, keep=False)[0](*inputs)[0]
+
+    def forward(options, *inputs):
+        results, memories = pair(options, inputs)[0](*inputs)
+        return results, (*inputs[:-1], memories)
+
+    def backward(options, residuals, cotangents):
+        return pair(options, residuals)[1](*residuals, *cotangents)
+
+    scan.defvjp(forward, backward)
+    return scan
+
+
 def choose(primitive, kernel, forms, options, tokens, keep=True):
     """The (forward, backward) pair to run; for `None` each chooses when it is lowered.
 
@@ -271,27 +290,6 @@ def _step(scale, memory, token):
 # reversed; the gradient of a log decay g_t is what flows past t: that of all queries from t on less that of keys there.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options, *inputs):
-    return _choose(options, inputs, keep=False)[0](*inputs)[0]
-
-
-def _scan_forward(options, *inputs):
-    results, memories = _choose(options, inputs)[0](*inputs)
-    return results, (*inputs[:-1], memories)
-
-
-def _scan_backward(options, residuals, cotangents):
-    return _choose(options, residuals)[1](*residuals, *cotangents)
-
-
-def _choose(options, tokens, keep=True):
-    return choose("linear_attention", tpu_kernel, (_chunked_forward, _chunked_backward), options, tokens, keep)
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
 def _chunked_forward(options, q, k, v, g, memory):
     def block(memory, tokens):
         q, k, v, g = (to_chunks(x, chunk) for x in widened(tokens, memory))
@@ -333,6 +331,9 @@ def _chunked_backward(options, q, k, v, g, memories, do, dmemory):
     blocks = in_blocks((q, k, v, g, do), chunk)
     dmemory, gradients = lax.scan(block, dmemory, (blocks, split_kept(memories, len(blocks[0]))), reverse=True)
     return *(contract.unchunk_time(x, do.shape[1]) for x in gradients), dmemory
+
+
+_scan = differentiable_scan("linear_attention", tpu_kernel, _chunked_forward, _chunked_backward)
 
 
 def _pass_on(memory, chunk):

@@ -52,6 +52,11 @@ def decay_operand(grid: ChunkGrid, g: Float[Array, "batch time heads channels"])
     return grid.rows(g[..., 0]) if g.shape[-1] == 1 else grid.lanes(g)
 
 
+def operand_decays(grid: ChunkGrid, dg: Array, g: Float[Array, "batch time heads channels"]) -> Array:
+    """Cotangents of log decays, of what `decay_operand` makes of these."""
+    return grid.unrows(dg)[..., None] if g.shape[-1] == 1 else dg.reshape(g.shape)
+
+
 def block_decays(g_ref, heads: int, chunk: int | Array, time: int) -> Callable[[int], Decays]:
     """The decays of each head of a block, as a function of its number."""
     if is_scalar(g_ref):

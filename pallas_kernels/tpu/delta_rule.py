@@ -49,6 +49,7 @@ from pallas_kernels.tpu.decays import (
     decay_operand,
     decayed_scores,
     decayed_scores_and_gradient,
+    operand_decays,
     row_sums,
     token_pairs,
     write_decay_gradient,
@@ -122,7 +123,7 @@ def _backward(scale, q, k, v, g, beta, memories, do, dmemory):
     states = grid.chunk_states(memories), grid.lanes(do), grid.states(dmemory)
     gradients = grid.call("delta_rule_backward", kernel, [*inputs, *states], [*inputs, grid.states(dmemory)])
     dq, dk, dv, dg, dbeta, dmemory = gradients
-    dg = grid.unrows(dg)[..., None] if g.shape[-1] == 1 else dg.reshape(g.shape)
+    dg = operand_decays(grid, dg, g)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dg, grid.unrows(dbeta)[..., None], dmemory
 
 

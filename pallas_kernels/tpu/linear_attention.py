@@ -46,6 +46,7 @@ from pallas_kernels.tpu.decays import (
     decay_operand,
     decayed_scores,
     decayed_scores_and_gradient,
+    operand_decays,
     write_decay_gradient,
 )
 
@@ -108,7 +109,7 @@ def _backward(scale, q, k, v, g, memories, do, dmemory):
     states = grid.chunk_states(memories), grid.lanes(do), grid.states(dmemory)
     results = [*values, grid.states(dmemory)]
     dq, dk, dv, dg, dmemory = grid.call("linear_attention_backward", kernel, [*values, *states], results)
-    dg = grid.unrows(dg)[..., None] if g.shape[-1] == 1 else dg.reshape(g.shape)
+    dg = operand_decays(grid, dg, g)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dg, dmemory
 
 
